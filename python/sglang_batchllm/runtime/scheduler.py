@@ -1,0 +1,148 @@
+"""SGLang's scheduler, which is told each step which requests may be prefilled next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.utils import broadcast_pyobj
+
+from sglang_batchllm.runtime.admission import Admission
+from sglang_batchllm.runtime.batch import batch_of
+from sglang_batchllm.runtime.cache import PinnedGroupCache
+from sglang_batchllm.runtime.intake import Intake
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import (
+        AbortReq,
+        BatchTokenizedGenerateReqInput,
+        GetInternalStateReq,
+        GetInternalStateReqOutput,
+    )
+    from sglang.srt.server_args import ServerArgs
+
+
+class BatchLLMScheduler(Scheduler):
+    """Stands in for SGLang's Scheduler; without ``batchllm`` it makes one of SGLang's own.
+
+    The waiting queue stays SGLang's, and holds every waiting request. For the moment in which
+    SGLang builds a prefill batch it shows only the requests that `Admission` has chosen, in that
+    order; memory, chunking, LoRA and all else about the batch remain SGLang's decisions.
+    """
+
+    def __new__(cls, server_args: ServerArgs, *args: Any, **kwargs: Any):
+        if cls is BatchLLMScheduler and not getattr(server_args, "batchllm", False):
+            return cls.__base__(server_args, *args, **kwargs)  # type: ignore[misc]
+        return super().__new__(cls)
+
+    def init_schedule_policy(self) -> None:
+        super().init_schedule_policy()
+        assert isinstance(self.tree_cache, PinnedGroupCache)
+        self.intake = Intake(
+            self.tree_cache,
+            self.page_size,
+            self.server_args.batchllm_gather_ms / 1000,
+            self._agree,
+        )
+        self.admission = Admission(self.intake, self.max_total_num_tokens)
+        self._held_back: list[Req] | None = None
+        self._receiving_list = False
+
+    # Intake
+
+    def handle_batch_generate_request(self, recv_req: BatchTokenizedGenerateReqInput) -> None:
+        waiting, compiling = len(self.waiting_queue), len(self.grammar_manager.grammar_queue)
+        self._receiving_list = True
+        try:
+            super().handle_batch_generate_request(recv_req)
+        finally:
+            self._receiving_list = False
+        queued = self.waiting_queue[waiting:]
+        place = {tokenized.rid: index for index, tokenized in enumerate(recv_req)}
+        requests = queued + self.grammar_manager.grammar_queue[compiling:]
+        requests.sort(key=lambda req: place[req.rid])
+        self.intake.plan_list(requests, queued)
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        chosen = None
+        if self._held_back is not None:  # a prefill batch is being built: keep out of its sight
+            chosen, self.waiting_queue = self.waiting_queue, self._held_back
+        super()._add_request_to_queue(req, is_retracted)
+        accepted = bool(self.waiting_queue) and self.waiting_queue[-1] is req
+        if chosen is not None:
+            self._held_back, self.waiting_queue = self.waiting_queue, chosen
+        if accepted and not self._receiving_list:
+            self.intake.arrive(req)
+
+    def abort_request(self, recv_req: AbortReq) -> None:
+        with self._watching_departures():
+            super().abort_request(recv_req)
+
+    def _abort_on_waiting_timeout(self) -> None:
+        with self._watching_departures():
+            super()._abort_on_waiting_timeout()
+
+    @contextmanager
+    def _watching_departures(self) -> Iterator[None]:
+        before = len(self.waiting_queue)
+        yield
+        if len(self.waiting_queue) != before:
+            self.intake.drop({id(req) for req in self.waiting_queue})
+
+    # Scheduling
+
+    def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
+        self.intake.retire()
+        chosen: list[Req] = []
+        if self.waiting_queue and not running_batch.batch_is_full:
+            chosen = self.admission.choose(
+                len(running_batch.reqs),
+                self.chunked_prefill_size or self.max_prefill_tokens,
+                self.get_num_allocatable_reqs(len(running_batch.reqs)),
+            )
+        shown = {id(req) for req in chosen}
+        self._held_back = [req for req in self.waiting_queue if id(req) not in shown]
+        self.waiting_queue = list(chosen)
+        try:
+            plan = super().get_new_batch_prefill(running_batch)
+        finally:
+            self.waiting_queue, self._held_back = self.waiting_queue + self._held_back, None
+
+        batch = plan.batch_to_run
+        reqs = batch.reqs if batch is not None else []
+        self.admission.settle(chosen, {id(req) for req in reqs})
+        for req in reqs:
+            planned = batch_of(req)
+            if planned is not None and planned.member.claimed:
+                self.tree_cache.publish(req)
+                planned.batch.published(planned.member, req.extend_range.end)
+        if chosen and batch is None and plan.running_batch.is_empty() and self.chunked_req is None:
+            self.admission.give_up_pins(chosen[0])
+            plan.running_batch.batch_is_full = False
+        return plan
+
+    def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
+        # SGLang retracts requests until the rest fits, but has to abort the last one.
+        unfinished = [req for req in batch.reqs if not req.finished()]
+        if len(unfinished) == 1 and not batch.check_decode_mem():
+            self.admission.give_up_pins(unfinished[0])
+        return super().update_running_batch(batch)
+
+    def _agree(self, decision: bool) -> bool:
+        """The decision of the first rank; clocks differ between ranks, batches must not."""
+        if self.ps.tp_size == 1:
+            return decision
+        return broadcast_pyobj(
+            [decision], self.tp_group.rank, self.tp_cpu_group, src=self.tp_group.ranks[0]
+        )[0]
+
+    # The report
+
+    def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
+        output = super().get_internal_state(recv_req)
+        self.intake.retire()
+        output.internal_state["batchllm"] = self.intake.to_dict()
+        return output
