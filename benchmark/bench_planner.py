@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+
 from sglang_batchllm.planning import Prompts, TokenTable, plan_batch
 
 VOCABULARY = 128_000

@@ -35,8 +35,11 @@ class BatchLLMServerArgs(ServerArgs):
 
     batchllm: A[
         bool,
-        "Run batches of prompts with global prefix sharing: the prompts of a batch are planned "
-        "together, and each shared prefix is computed once and pinned until its last use.",
+        Arg(
+            help="Run batches of prompts with global prefix sharing: the prompts of a batch are "
+            "planned together, and each shared prefix is computed once and pinned until its "
+            "last use."
+        ),
     ] = False
     batchllm_gather_ms: A[
         float,

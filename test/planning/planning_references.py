@@ -6,6 +6,7 @@ from fractions import Fraction
 from itertools import combinations
 
 from hypothesis import strategies as st
+
 from sglang_batchllm.planning import BatchPlan, PrefixTree
 
 Prompt = Sequence[int]

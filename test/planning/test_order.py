@@ -5,6 +5,7 @@ from itertools import permutations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+
 from planning_references import batches, reference_order, reference_tree, simulate_cache
 from sglang_batchllm.planning import floor_to_page, plan_batch
 

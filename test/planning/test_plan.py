@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from sglang_batchllm.planning import TokenTable, plan_batch
 
 PROMPTS = [[1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9, 9], [1, 2, 7, 7]]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from planning_references import batches, reference_tree
 from sglang_batchllm.planning import plan_batch
 

@@ -31,6 +31,8 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
             server_args.attention_backend = self.get_default_attention_backend()
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
+        if server_args.grammar_backend is None:
+            server_args.grammar_backend = "llguidance"  # xgrammar's masks need pinned memory
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
@@ -41,9 +43,9 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
         return MHATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
-        from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+        from sglang_batchllm.platform.paged_allocator import CpuPagedAllocator
 
-        return PagedTokenToKVPoolAllocator
+        return CpuPagedAllocator
 
     def get_dispatch_key_name(self) -> str:
         return "native"

@@ -36,8 +36,8 @@ class Admission:
         lanes = (
             [*intake.batches, *waves_lane] if self._lists_first else [*waves_lane, *intake.batches]
         )
-        pinned = sum(batch.pins.pinned_tokens for batch in (*intake.batches, *intake.waves))
-        reserve = max((b.largest_need for b in (*intake.batches, *intake.waves)), default=0)
+        pinned = intake.pinned_tokens
+        reserve = max((batch.largest_need for batch in intake.planned), default=0)
         chosen: list[Req] = []
 
         def may_open(tokens: int, is_first: bool) -> bool:
@@ -76,7 +76,7 @@ class Admission:
     def give_up_pins(self, req: Req | None) -> None:
         """Let go of every pin that `req` does not need, since it could not run otherwise."""
         planned = batch_of(req) if req is not None else None
-        for batch in self._intake.pinned_batches():
+        for batch in self._intake.planned:
             own = planned is not None and planned.batch is batch
             batch.report.relaxed_tokens += batch.pins.relax(planned.member if own else None)
 

@@ -112,7 +112,7 @@ class Intake:
         """
         self.loose = [req for req in self.loose if id(req) in waiting]
         self._gathering = [req for req in self._gathering if id(req) in waiting]
-        for batch in (*self.batches, *self.waves):
+        for batch in self.planned:
             for req in batch.waiting():
                 planned = batch_of(req)
                 if planned is not None and id(req) not in waiting:
@@ -130,8 +130,14 @@ class Intake:
             if not self.waves and not self._gathering:
                 self._close(report)
 
-    def pinned_batches(self) -> list[PlannedBatch]:
-        return [batch for batch in (*self.batches, *self.waves) if batch.pins.has_pins]
+    @property
+    def planned(self) -> list[PlannedBatch]:
+        """Lists and waves, unfinished ones at least."""
+        return [*self.batches, *self.waves]
+
+    @property
+    def pinned_tokens(self) -> int:
+        return sum(batch.pins.pinned_tokens for batch in self.planned)
 
     def to_dict(self) -> dict[str, Any]:
         """The reports of the last batches, newest last, and of those that run."""

@@ -172,10 +172,6 @@ class PinnedTree:
                 self.pinned_tokens -= self.depth[node] - self.depth[self.parent[node]]
         return before - self.pinned_tokens
 
-    @property
-    def has_pins(self) -> bool:
-        return bool(self._pins)
-
     def _pin(self, node: int, member: Member) -> None:
         if node not in self._pins:
             self._pins[node] = self._store.pin(member.tokens, member.namespace, self.depth[node])

@@ -102,5 +102,6 @@ class BatchReport:
             f"{self.peak_pinned_tokens:,} pinned; planned in {self.planning_seconds:.3f} s"
         )
         if self.retractions or self.relaxed_tokens:
-            text += f"; {self.retractions:,} retractions, {self.relaxed_tokens:,} pinned tokens given up"
+            text += f"; {self.retractions:,} retractions"
+            text += f", {self.relaxed_tokens:,} pinned tokens given up"
         return text

@@ -1,0 +1,55 @@
+"""Real engines and servers, each started once for all tests that use it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines import AMPLE, SCARCE, SERVER_PAGE_SIZE, Server
+
+# Every engine checks that no KV slot is lost or counted twice, busy and idle.
+os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
+os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
+os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
+
+
+def _engine(model: Path, **options: Any) -> Iterator[Any]:
+    import sglang
+
+    engine = sglang.Engine(model_path=str(model), dtype="float32", sleep_on_idle=True, **options)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="session")
+def starting_server(tiny_model: Path) -> Iterator[Server]:
+    """Starts beside the first engine, since most of a start is waiting for the disk."""
+    server = Server(tiny_model, "--batchllm", "--page-size", str(SERVER_PAGE_SIZE))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(starting_server: Server) -> Server:
+    starting_server.wait()
+    return starting_server
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path, starting_server: Server) -> Iterator[Any]:
+    yield from _engine(tiny_model, batchllm=True, max_total_tokens=AMPLE)
+
+
+@pytest.fixture(scope="session")
+def scarce_engine(tiny_model: Path) -> Iterator[Any]:
+    """KV for a few requests only, and chunks shorter than most prompts."""
+    yield from _engine(tiny_model, batchllm=True, max_total_tokens=SCARCE, chunked_prefill_size=48)
+
+
+@pytest.fixture(scope="session")
+def stock_engine(tiny_model: Path) -> Iterator[Any]:
+    yield from _engine(tiny_model, max_total_tokens=AMPLE)

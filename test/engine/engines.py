@@ -1,0 +1,63 @@
+"""A server process for tests, and the sizes that tests rely on."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import requests
+
+API_KEY = "test-key"
+AMPLE = 20_000
+SCARCE = 400
+SERVER_PAGE_SIZE = 16
+
+
+class Server:
+    """A server process and the requests that tests send to it."""
+
+    def __init__(self, model: Path, *flags: str):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+        command += ["--dtype", "float32", "--port", str(port), "--log-level", "warning"]
+        command += [
+            "--sleep-on-idle",
+            "--api-key",
+            API_KEY,
+            "--max-total-tokens",
+            str(AMPLE),
+            *flags,
+        ]
+        self.process = subprocess.Popen(command)
+        self._headers = {"Authorization": f"Bearer {API_KEY}"}
+
+    def wait(self, seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, "the server ended during start-up"
+            try:
+                if requests.get(self.url + "/health_generate", timeout=5).ok:
+                    return
+            except requests.RequestException:
+                pass
+            time.sleep(0.5)
+        raise TimeoutError("the server did not start")
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        return requests.get(self.url + path, headers=self._headers, timeout=60, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> requests.Response:
+        options.setdefault("timeout", 120)
+        return requests.post(self.url + path, json=body, headers=self._headers, **options)
+
+    def stop(self) -> None:
+        from sglang.srt.utils import kill_process_tree
+
+        kill_process_tree(self.process.pid, wait_timeout=30)

@@ -1,0 +1,127 @@
+"""What SGLang does for each request it also does inside a batch."""
+
+import json
+from typing import Any
+
+import pytest
+
+from engines import SERVER_PAGE_SIZE
+
+PREFIX = list(range(10, 90))
+BATCH = [[*PREFIX, token] for token in range(100, 108)]
+GREEDY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+
+
+def generate(engine: Any, **options: Any) -> Any:
+    engine.flush_cache()
+    options.setdefault("input_ids", BATCH)
+    options.setdefault("sampling_params", GREEDY)
+    return engine.generate(**options)
+
+
+def same_as_stock(engine: Any, stock_engine: Any, **options: Any) -> Any:
+    ours, stock = generate(engine, **options), generate(stock_engine, **options)
+    assert [r["output_ids"] for r in ours] == [r["output_ids"] for r in stock]
+    assert [r["meta_info"]["finish_reason"] for r in ours] == [
+        r["meta_info"]["finish_reason"] for r in stock
+    ]
+    return ours, stock
+
+
+def test_each_request_keeps_its_sampling_parameters(engine, stock_engine):
+    params = [{**GREEDY, "max_new_tokens": 1 + i} for i in range(len(BATCH))]
+    params[3] |= {"stop_token_ids": [5], "min_new_tokens": 2}
+    params[4] |= {"frequency_penalty": 1.5, "logit_bias": {"17": 5.0}}
+    ours, _ = same_as_stock(engine, stock_engine, sampling_params=params)
+    assert [len(r["output_ids"]) for r in ours][:3] == [1, 2, 3]
+
+
+def test_no_output_at_all(engine, stock_engine):
+    same_as_stock(engine, stock_engine, sampling_params={"temperature": 0, "max_new_tokens": 0})
+
+
+def test_several_samples_of_each_prompt(engine):
+    sampling = {"temperature": 1.0, "max_new_tokens": 6, "n": 3, "ignore_eos": True}
+    results = generate(engine, sampling_params=sampling)
+    assert len(results) == 3 * len(BATCH)
+    assert all(len(r["output_ids"]) == 6 for r in results)
+
+
+def test_output_logprobs(engine, stock_engine):
+    ours, stock = same_as_stock(engine, stock_engine, return_logprob=True, top_logprobs_num=2)
+    for mine, theirs in zip(ours, stock, strict=True):
+        mine_lp = [entry[0] for entry in mine["meta_info"]["output_token_logprobs"]]
+        their_lp = [entry[0] for entry in theirs["meta_info"]["output_token_logprobs"]]
+        assert mine_lp == pytest.approx(their_lp, abs=1e-3)
+        assert len(mine["meta_info"]["output_top_logprobs"]) == len(mine_lp)
+
+
+def test_input_logprobs_compute_the_whole_prompt_again(engine, stock_engine):
+    ours, stock = same_as_stock(engine, stock_engine, return_logprob=True, logprob_start_len=0)
+    for mine, theirs in zip(ours, stock, strict=True):
+        mine_lp = [entry[0] for entry in mine["meta_info"]["input_token_logprobs"][1:]]
+        their_lp = [entry[0] for entry in theirs["meta_info"]["input_token_logprobs"][1:]]
+        assert mine_lp == pytest.approx(their_lp, abs=1e-4)
+
+
+def test_stop_strings(engine, stock_engine):
+    texts = [f"{'once ' * 30} there were {i}" for i in range(6)]
+    plain = generate(engine, input_ids=None, prompt=texts, sampling_params=GREEDY)
+    stop = plain[0]["text"][1:3]
+    params = {**GREEDY, "max_new_tokens": 20, "stop": [stop]}
+    ours, _ = same_as_stock(
+        engine, stock_engine, input_ids=None, prompt=texts, sampling_params=params
+    )
+    assert ours[0]["meta_info"]["finish_reason"]["type"] == "stop"
+
+
+def test_json_schema_mixed_with_plain_requests(engine):
+    constrained = {"temperature": 0, "max_new_tokens": 60, "json_schema": '{"type": "boolean"}'}
+    params = [constrained if i % 2 else GREEDY for i in range(len(BATCH))]
+    results = generate(engine, sampling_params=params)
+    for i, result in enumerate(results):
+        if i % 2:
+            assert isinstance(json.loads(result["text"]), bool)
+        else:
+            assert len(result["output_ids"]) == 6
+
+
+def test_streaming_a_batch(engine):
+    whole = generate(engine)
+    engine.flush_cache()
+    seen: dict[int, list[int]] = {}
+    for chunk in engine.generate(input_ids=BATCH, sampling_params=GREEDY, stream=True):
+        seen[chunk["index"]] = chunk["output_ids"]
+    assert [len(seen[i]) for i in range(len(BATCH))] == [6] * len(BATCH)
+    assert [seen[i] for i in range(len(BATCH))] == [r["output_ids"] for r in whole]
+
+
+def test_a_prompt_that_is_too_long_does_not_harm_the_server(server):
+    body = {"input_ids": [*BATCH, [3] * 5000], "sampling_params": GREEDY}
+    response = server.post("/generate", body)
+    assert response.status_code == 400
+    assert "context length" in response.text
+    good = server.post("/generate", {"input_ids": BATCH, "sampling_params": GREEDY}).json()
+    assert all(len(r["output_ids"]) == 6 for r in good)
+
+
+def test_prompts_of_different_salts_share_nothing(server):
+    server.post("/flush_cache", {})
+    body = {"input_ids": BATCH, "sampling_params": GREEDY, "extra_key": ["a", "b"] * 4}
+    results = server.post("/generate", body).json()
+    computed = sum(
+        r["meta_info"]["prompt_tokens"] - r["meta_info"]["cached_tokens"] for r in results
+    )
+    assert len(PREFIX) % SERVER_PAGE_SIZE == 0
+    assert computed == 2 * len(PREFIX) + len(BATCH)
+    assert [r["output_ids"] for r in results] == [
+        r["output_ids"]
+        for r in server.post("/generate", {"input_ids": BATCH, "sampling_params": GREEDY}).json()
+    ]
+
+
+def test_the_report_is_behind_the_api_key(server):
+    import requests
+
+    assert requests.get(server.url + "/batchllm/report", timeout=30).status_code == 401
+    assert server.get("/batchllm/report").status_code == 200
