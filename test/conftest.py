@@ -1,11 +1,20 @@
-"""Shared by all tests: helper modules on the path, and the tiny model made once."""
+"""Shared by all tests: the tiny model, and real engines and servers, each started once."""
 
-import sys
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from engines import AMPLE, SCARCE, SERVER_PAGE_SIZE, Server
+
+# Every engine checks that no KV slot is lost or counted twice, busy and idle.
+os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
+os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
+os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +22,41 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_model import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def _engine(model: Path, **options: Any) -> Iterator[Any]:
+    import sglang
+
+    engine = sglang.Engine(model_path=str(model), dtype="float32", sleep_on_idle=True, **options)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="session")
+def starting_server(tiny_model: Path) -> Iterator[Server]:
+    """Starts beside the first engine, since most of a start is waiting for the disk."""
+    server = Server(tiny_model, "--batchllm", "--page-size", str(SERVER_PAGE_SIZE))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(starting_server: Server) -> Server:
+    starting_server.wait()
+    return starting_server
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path, starting_server: Server) -> Iterator[Any]:
+    yield from _engine(tiny_model, batchllm=True, max_total_tokens=AMPLE)
+
+
+@pytest.fixture(scope="session")
+def scarce_engine(tiny_model: Path) -> Iterator[Any]:
+    """KV for a few requests only, and chunks shorter than most prompts."""
+    yield from _engine(tiny_model, batchllm=True, max_total_tokens=SCARCE, chunked_prefill_size=48)
+
+
+@pytest.fixture(scope="session")
+def stock_engine(tiny_model: Path) -> Iterator[Any]:
+    yield from _engine(tiny_model, max_total_tokens=AMPLE)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib.abc
 import importlib.metadata
 import importlib.util
-import multiprocessing
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import sglang_batchllm
@@ -82,38 +82,42 @@ def extend_frontend() -> None:
     HookRegistry.apply_hooks()
 
 
-def load_with(module_name: str) -> None:
-    """Load SGLang's plugins as soon as `module_name`, the HTTP server, has been imported.
+def load_early() -> None:
+    """Load SGLang's plugins in the two places that know our flag only after that, and do not.
 
-    ``sgl.Runtime`` builds its arguments without loading plugins first, so it would not know our
-    flag; it imports the HTTP server just before, which is where this comes in. Its server process
-    then receives the finished arguments, so the frontend is extended there at the same point.
+    ``sglang serve --help`` prints its flags without loading plugins, and ``sgl.Runtime`` builds
+    its arguments without; each imports one module just before, and loading follows that import.
     """
-    sys.meta_path.insert(0, _LoadPluginsAfter(module_name))
+    sys.meta_path.insert(0, _LoadPluginsAfter("sglang.cli.serve"))
+    sys.meta_path.insert(0, _LoadPluginsAfter("sglang.srt.entrypoints.http_server"))
 
 
 class _LoadPluginsAfter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, module_name: str):
-        self.module_name = module_name
+    """Finds one module as usual, and loads SGLang's plugins once it has been imported."""
 
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != self.module_name:
+    def __init__(self, module_name: str):
+        self._module_name = module_name
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> ModuleSpec | None:
+        if fullname != self._module_name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return None
-        self.loader = spec.loader
+        self._loader = spec.loader
         spec.loader = self
         return spec
 
-    def create_module(self, spec):
-        return self.loader.create_module(spec)
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
+        self._loader.exec_module(module)
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
-        if multiprocessing.parent_process() is not None:
-            extend_frontend()
+        if "--multiprocessing-fork" in sys.orig_argv:
+            extend_frontend()  # the server process of sgl.Runtime, whose arguments are finished

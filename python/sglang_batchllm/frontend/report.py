@@ -44,6 +44,6 @@ def add_report_route(server_args: ServerArgs, *_: Any, **__: Any) -> None:
 
 
 def _from_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    if "batchllm" not in states[0]:
+    if "batchllm_report" not in states[0]:
         raise ValueError("no batch report: the engine runs without batchllm=True")
-    return states[0]["batchllm"]
+    return states[0]["batchllm_report"]

@@ -18,7 +18,7 @@ def activate() -> str | None:
         return None
     from sglang_batchllm import plugin
 
-    plugin.load_with("sglang.srt.entrypoints.http_server")
+    plugin.load_early()
     if torch.accelerator.is_available():
         return None
     return "sglang_batchllm.platform.cpu.CpuReferencePlatform"

@@ -144,7 +144,7 @@ class BatchLLMScheduler(Scheduler):
     def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
         output = super().get_internal_state(recv_req)
         self.intake.retire()
-        output.internal_state["batchllm"] = self.intake.to_dict() | {
+        output.internal_state["batchllm_report"] = self.intake.to_dict() | {
             "kv_tokens": {
                 "total": self.max_total_num_tokens,
                 "free": self.token_to_kv_pool_allocator.available_size(),

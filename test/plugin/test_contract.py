@@ -1,0 +1,118 @@
+# ruff: noqa: E501
+"""Every name of SGLang's that the package overrides, wraps or relies on, as it was written against.
+
+A new SGLang release that changes one of them fails here by name, before anything fails at run
+time.
+"""
+
+import inspect
+import pkgutil
+from typing import Any
+
+import pytest
+
+SIGNATURES = {
+    "managers.scheduler.Scheduler.__init__": "self, server_args, port_args, gpu_id, tp_rank, moe_ep_rank, pp_rank, attn_cp_rank, moe_dp_rank, dp_rank",
+    "managers.scheduler.Scheduler.init_schedule_policy": "self",
+    "managers.scheduler.Scheduler.handle_batch_generate_request": "self, recv_req",
+    "managers.scheduler.Scheduler._add_request_to_queue": "self, req, is_retracted",
+    "managers.scheduler.Scheduler.abort_request": "self, recv_req",
+    "managers.scheduler.Scheduler._abort_on_waiting_timeout": "self",
+    "managers.scheduler.Scheduler.get_new_batch_prefill": "self, running_batch",
+    "managers.scheduler.Scheduler.get_num_allocatable_reqs": "self, running_bs",
+    "managers.scheduler.Scheduler.update_running_batch": "self, batch",
+    "managers.scheduler.Scheduler.get_internal_state": "self, recv_req",
+    "managers.schedule_batch.ScheduleBatch.check_decode_mem": "self, selected_indices",
+    "managers.schedule_batch.Req.set_extend_range": "self, start, end",
+    "managers.schedule_batch.Req.finished": "self",
+    "mem_cache.radix_cache.RadixCache.__init__": "self, params",
+    "mem_cache.radix_cache.RadixCache.cache_unfinished_req": "self, req, chunked",
+    "mem_cache.radix_cache.RadixCache.cache_finished_req": "self, req, is_insert, kv_len_to_handle",
+    "mem_cache.radix_cache.RadixCache.match_prefix": "self, params",
+    "mem_cache.radix_cache.RadixCache.inc_lock_ref": "self, node",
+    "mem_cache.radix_cache.RadixCache.dec_lock_ref": "self, node, params",
+    "mem_cache.radix_cache.RadixCache._delete_leaf": "self, node",
+    "mem_cache.radix_cache.RadixCache._record_remove_event": "self, node, medium",
+    "mem_cache.radix_cache.RadixKey.__init__": "self, token_ids, extra_key, is_bigram, limit",
+    "mem_cache.allocator.PagedTokenToKVPoolAllocator.alloc_extend": "self, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, num_new_pages",
+    "mem_cache.allocator.PagedTokenToKVPoolAllocator.alloc_decode": "self, seq_lens, seq_lens_cpu, last_loc",
+    "mem_cache.allocator.PagedTokenToKVPoolAllocator.free_segment": "self, free_index, start_pos",
+    "mem_cache.registry.register_radix_cache_backend": "name, factory",
+    "managers.tokenizer_manager.TokenizerManager._should_use_batch_tokenization": "self, batch_size, requests",
+    "entrypoints.http_server._setup_and_run_http_server": "server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, subprocess_watchdog, execute_warmup_func, launch_callback",
+    "server_args.ServerArgs.__post_init__": "self",
+    "server_args.ServerArgs.from_cli_args": "cls, args",
+    "server_args.ServerArgs.get_model_config": "self",
+    "plugins.load_plugins": "",
+    "plugins.hook_registry.HookRegistry.register": "cls, target, hook, hook_type, source",
+    "plugins.hook_registry.HookRegistry.apply_hooks": "cls",
+    "platforms.interface.SRTPlatform.apply_server_args_defaults": "self, server_args",
+    "platforms.interface.SRTPlatform.get_default_attention_backend": "self",
+    "platforms.interface.SRTPlatform.get_mha_kv_pool_cls": "self",
+    "platforms.interface.SRTPlatform.get_paged_allocator_cls": "self",
+    "platforms.interface.SRTPlatform.get_dispatch_key_name": "self",
+    "platforms.cpu.CpuDeviceMixin.get_device": "self, local_rank",
+    "utils.broadcast_pyobj": "data, rank, dist_group, src, force_cpu_device",
+}
+
+ATTRIBUTES = {
+    "managers.schedule_batch.Req": (
+        "origin_input_ids output_ids extra_key sampling_params finished_reason to_finish "
+        "already_computed cached_tokens prefix_indices extend_range last_node req_pool_idx "
+        "cache_protected_len input_embeds positional_embed_overrides session rid"
+    ),
+    "managers.scheduler.Scheduler": (
+        "waiting_queue chunked_req chunked_prefill_size max_prefill_tokens grammar_manager "
+        "tree_cache page_size max_total_num_tokens token_to_kv_pool_allocator ps tp_group "
+        "tp_cpu_group server_args"
+    ),
+    "mem_cache.radix_cache.RadixCache": "req_to_token_pool token_to_kv_pool_allocator",
+    "mem_cache.radix_cache.TreeNode": "children parent key value lock_ref",
+}
+"""Instance attributes, which must be assigned somewhere in the class's module."""
+
+
+def resolve(name: str) -> Any:
+    owner, attribute = f"sglang.srt.{name}".rsplit(".", 1)
+    found = inspect.getattr_static(pkgutil.resolve_name(owner), attribute)
+    return getattr(found, "__func__", found)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name: str):
+    assert ", ".join(inspect.signature(resolve(name)).parameters) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes(name: str):
+    source = inspect.getsource(inspect.getmodule(resolve(name)))
+    source += inspect.getsource(pkgutil.resolve_name("sglang.srt.managers.scheduler"))
+    missing = [a for a in ATTRIBUTES[name].split() if f"self.{a}" not in source]
+    assert not missing
+
+
+def test_every_overridden_method_is_listed():
+    from sglang_batchllm.args import BatchLLMServerArgs
+    from sglang_batchllm.platform.cpu import CpuReferencePlatform
+    from sglang_batchllm.platform.paged_allocator import CpuPagedAllocator
+    from sglang_batchllm.runtime.cache import PinnedGroupCache
+    from sglang_batchllm.runtime.scheduler import BatchLLMScheduler
+
+    listed = {name.rsplit(".", 1)[1] for name in SIGNATURES}
+    ours = (
+        BatchLLMScheduler,
+        PinnedGroupCache,
+        CpuPagedAllocator,
+        CpuReferencePlatform,
+        BatchLLMServerArgs,
+    )
+    for cls in ours:
+        methods = {name: getattr(value, "__func__", value) for name, value in vars(cls).items()}
+        overridden = {
+            name
+            for name, method in methods.items()
+            if getattr(method, "__module__", None) == cls.__module__
+            and any(name in vars(base) for base in cls.__mro__[1:-1])
+            and (name == "__post_init__" or not name.startswith("__"))
+        }
+        assert overridden <= listed, f"{cls.__name__} overrides {overridden - listed}"
