@@ -75,10 +75,10 @@ class Intake:
         """Plan the requests of one call together.
 
         queued: those of them in the waiting queue; the grammar of the others is being compiled,
-        and they arrive later.
+        and they arrive later. A list of one is no batch, and counts as a lone request.
         """
         shareable = [req for req in requests if req.to_finish is None and _can_share(req)]
-        if shareable:
+        if len(shareable) > 1:
             self._plan(shareable, self.batches)
         for req in queued:
             self.arrive(req)
