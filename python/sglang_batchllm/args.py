@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 CACHE_BACKEND = "batchllm"
 """The name under which the pinned-group cache is registered with SGLang."""
 
+ATTENTION_BACKEND = "batchllm"
+"""The name under which the fused decode attention is registered with SGLang."""
+
 
 class UnsupportedError(ValueError):
     """A flag, model or version that ``--batchllm`` does not work with; says what to change."""
@@ -49,6 +52,16 @@ class BatchLLMServerArgs(ServerArgs):
         ),
     ] = 10.0
 
+    batchllm_attention: A[
+        str,
+        Arg(
+            help="With --batchllm, decode attention: 'fused' reads each shared prefix once for all "
+            "requests that share it, 'native' is SGLang's own, 'auto' is fused on CUDA unless "
+            "--decode-attention-backend says otherwise.",
+            choices=["auto", "fused", "native"],
+        ),
+    ] = "auto"
+
     def __post_init__(self) -> None:
         if self.batchllm:
             self._refuse_unsupported_flags()
@@ -56,6 +69,9 @@ class BatchLLMServerArgs(ServerArgs):
         super().__post_init__()
         if self.batchllm and self.model_path.lower() not in ("none", "dummy"):
             self._refuse_unsupported_model()
+            if self._wants_fused_attention():
+                # Only now, so that SGLang has chosen everything else as it would without us.
+                self.override("batchllm", decode_attention_backend=ATTENTION_BACKEND)
             from sglang_batchllm import plugin
 
             plugin.extend_frontend()
@@ -67,10 +83,23 @@ class BatchLLMServerArgs(ServerArgs):
         except UnsupportedError as error:
             sys.exit(f"error: {error}")
 
+    def _wants_fused_attention(self) -> bool:
+        if self.batchllm_attention == "auto":
+            return self.device == "cuda" and self.decode_attention_backend is None
+        return self.batchllm_attention == "fused"
+
     def _refuse_unsupported_flags(self) -> None:
         if self.batchllm_gather_ms < 0:
             raise UnsupportedError(
                 f"--batchllm-gather-ms is {self.batchllm_gather_ms}; pass 0 or more milliseconds."
+            )
+        if self.batchllm_attention == "fused" and self.decode_attention_backend not in (
+            None,
+            ATTENTION_BACKEND,
+        ):
+            raise UnsupportedError(
+                f"--batchllm-attention fused and --decode-attention-backend "
+                f"{self.decode_attention_backend} contradict each other; leave one out."
             )
         for flag, is_set, remedy in _UNSUPPORTED_FLAGS:
             if is_set(self):

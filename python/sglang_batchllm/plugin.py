@@ -41,11 +41,13 @@ def register() -> None:
 
 
 def _register_runtime() -> None:
-    """The scheduler, which is SGLang's own unless ``batchllm`` is set, and our cache by name."""
+    """The scheduler (SGLang's own unless ``batchllm`` is set), the cache and the attention."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_batchllm.args import CACHE_BACKEND
+    from sglang_batchllm.args import ATTENTION_BACKEND, CACHE_BACKEND
+    from sglang_batchllm.attention import create_batchllm_backend
     from sglang_batchllm.runtime.cache import create_cache
     from sglang_batchllm.runtime.scheduler import BatchLLMScheduler
 
@@ -53,6 +55,7 @@ def _register_runtime() -> None:
         "sglang.srt.managers.scheduler.Scheduler", BatchLLMScheduler, HookType.REPLACE
     )
     register_radix_cache_backend(CACHE_BACKEND, create_cache)
+    register_attention_backend(ATTENTION_BACKEND)(create_batchllm_backend)
 
 
 _frontend_extended = False

@@ -35,9 +35,11 @@ def add_report_route(server_args: ServerArgs, *_: Any, **__: Any) -> None:
     if not getattr(server_args, "batchllm", False):
         return
     from sglang.srt.entrypoints import http_server
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
     async def report() -> dict[str, Any]:
         manager = http_server.get_global_state().tokenizer_manager
+        assert isinstance(manager, TokenizerManager)
         return _from_states(await manager.get_internal_state())
 
     http_server.app.add_api_route(REPORT_PATH, report, methods=["GET"])

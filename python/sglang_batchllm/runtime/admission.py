@@ -73,12 +73,12 @@ class Admission:
         if self._intake.loose:
             self._intake.loose = [req for req in self._intake.loose if id(req) not in scheduled]
 
-    def give_up_pins(self, req: Req | None) -> None:
+    def give_up_pins(self, req: Req) -> None:
         """Let go of every pin that `req` does not need, since it could not run otherwise."""
-        planned = batch_of(req) if req is not None else None
+        planned = batch_of(req)
         for batch in self._intake.planned:
-            own = planned is not None and planned.batch is batch
-            batch.report.relaxed_tokens += batch.pins.relax(planned.member if own else None)
+            member = planned.member if planned is not None and planned.batch is batch else None
+            batch.report.relaxed_tokens += batch.pins.relax(member)
 
 
 def _first_that_fill(requests: list[Req], max_tokens: int, max_requests: int) -> list[Req]:

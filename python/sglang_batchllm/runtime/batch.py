@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 _ATTRIBUTE = "batchllm"
+_GROUP_IDS = itertools.count(1)
 
 MAX_EXPECTED_OUTPUT = 4096
 """Cap on the output that is set aside for a request, in tokens; SGLang's own admission caps its
@@ -51,7 +53,9 @@ class PlannedBatch:
         report: BatchReport,
         private: bool,
     ):
-        outputs = [min(r.sampling_params.max_new_tokens, MAX_EXPECTED_OUTPUT) for r in requests]
+        outputs = [  # SGLang fills in max_new_tokens on arrival
+            min(req.sampling_params.max_new_tokens or 0, MAX_EXPECTED_OUTPUT) for req in requests
+        ]
         self.plan: BatchPlan = plan_batch(
             [r.origin_input_ids for r in requests],
             page_size,
@@ -62,6 +66,9 @@ class PlannedBatch:
         self.private = private
         self.report = report
         report.add_plan(self.plan)
+        self._group_of: list[int] = self.plan.group_of.tolist()
+        self._group_prefix_lens: list[int] = self.plan.groups.prefix_len.tolist()
+        self._group_ids: dict[tuple[int, int], int] = {}
         self.unfinished = len(requests)
         self.largest_need = int((self.plan.prompt_lens + outputs).max()) + page_size
 
@@ -131,6 +138,23 @@ class PlannedBatch:
         """Prompt tokens [0, computed) of a leader are in the cache now."""
         self.pins.settle(member, computed)
         self.report.note_pinned(self.pins.pinned_tokens)
+
+    def attention_group(self, member: Member, shared: int) -> tuple[int, int]:
+        """An id for the member's group among all running ones, and the group's prefix tokens;
+        (0, 0) for none.
+
+        shared: leading prompt tokens whose KV slots the member has in common with the cache. It
+        can be less than the group's prefix, as for a request that computed its prompt's last
+        token itself although others share it.
+        """
+        group = self._group_of[member.index]
+        if group < 0 or shared < self._group_prefix_lens[group]:
+            return 0, 0
+        # A prefix that was given up and computed again has new slots, so its group is another.
+        key = (group, self.pins.times_relaxed)
+        if key not in self._group_ids:
+            self._group_ids[key] = next(_GROUP_IDS)
+        return self._group_ids[key], self._group_prefix_lens[group]
 
     def leave(self, member: Member, req: Req) -> None:
         """The request gave its KV back: for good if it is finished, else it was retracted."""

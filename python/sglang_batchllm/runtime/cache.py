@@ -30,12 +30,15 @@ class PinnedGroupCache(RadixCache):
     nothing of such a batch is left to LRU. All other requests are cached as SGLang does.
     """
 
-    def publish(self, req: Req) -> None:
-        """Share the prompt tokens of `req` that have slots, although its pass has yet to run.
+    def publish(self, req: Req) -> int:
+        """Share the prompt tokens of `req` that have slots, although its pass has yet to run, and
+        return their number.
 
         A later pass on the same stream finds them written, as with SGLang's chunked prefill.
         """
         self.cache_unfinished_req(req, chunked=True)
+        assert req.extend_range is not None
+        return req.extend_range.end
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
         planned = batch_of(req)
@@ -90,6 +93,7 @@ class PinnedGroupCache(RadixCache):
         """Free the KV of the path that ends in `node`, `depth` tokens deep, down to its first
         `keep` tokens or a node that is locked or has other continuations."""
         while depth > keep and node.lock_ref == 0 and not node.children:
+            assert node.value is not None
             self.token_to_kv_pool_allocator.free_segment(node.value, start_pos=0)
             self._delete_leaf(node)
             self._record_remove_event(node)

@@ -55,6 +55,7 @@ class PinnedTree:
     """The state of every shared node of one plan.
 
     pinned_tokens: tokens of all READY nodes that somebody still needs.
+    times_relaxed: how often pins were given up, see `relax`.
     """
 
     def __init__(self, plan: BatchPlan, store: PrefixStore, free_on_release: bool):
@@ -69,6 +70,7 @@ class PinnedTree:
         self._foreign: dict[int, int] = {}  # node: leading tokens that were cached before us
         self._relaxed: set[int] = set()
         self.pinned_tokens = 0
+        self.times_relaxed = 0
 
         num_requests = tree.num_requests.tolist()
         self.home = [
@@ -152,6 +154,7 @@ class PinnedTree:
         """Leave every pin that is not on the member's path to the cache's own eviction, so that
         the member (or a request of another batch) can run. Those prefixes count as COLD again;
         returns their tokens."""
+        self.times_relaxed += 1
         path = set()
         if member is not None:
             node = member.home

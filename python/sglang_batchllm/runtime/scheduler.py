@@ -10,6 +10,8 @@ from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.utils import broadcast_pyobj
 
+from sglang_batchllm.args import ATTENTION_BACKEND, BatchLLMServerArgs
+from sglang_batchllm.attention import GroupTable, get_group_table
 from sglang_batchllm.runtime.admission import Admission
 from sglang_batchllm.runtime.batch import batch_of
 from sglang_batchllm.runtime.cache import PinnedGroupCache
@@ -41,13 +43,14 @@ class BatchLLMScheduler(Scheduler):
     def init_schedule_policy(self) -> None:
         super().init_schedule_policy()
         assert isinstance(self.tree_cache, PinnedGroupCache)
-        self.intake = Intake(
-            self.tree_cache,
-            self.page_size,
-            self.server_args.batchllm_gather_ms / 1000,
-            self._agree,
-        )
+        assert isinstance(self.server_args, BatchLLMServerArgs)
+        self._cache = self.tree_cache
+        gather_seconds = self.server_args.batchllm_gather_ms / 1000
+        self.intake = Intake(self._cache, self._cache.page_size, gather_seconds, self._agree)
         self.admission = Admission(self.intake, self.max_total_num_tokens)
+        self._group_table: GroupTable | None = None
+        if self.server_args.decode_attention_backend == ATTENTION_BACKEND:
+            self._group_table = get_group_table(self.req_to_token_pool)
         self._held_back: list[Req] | None = None
         self._receiving_list = False
 
@@ -117,12 +120,26 @@ class BatchLLMScheduler(Scheduler):
         for req in reqs:
             planned = batch_of(req)
             if planned is not None and planned.member.claimed:
-                self.tree_cache.publish(req)
-                planned.batch.published(planned.member, req.extend_range.end)
+                planned.batch.published(planned.member, self._cache.publish(req))
+        if self._group_table is not None and reqs:
+            self._enter_groups(self._group_table, reqs)
         if chosen and batch is None and plan.running_batch.is_empty() and self.chunked_req is None:
             self.admission.give_up_pins(chosen[0])
             plan.running_batch.batch_is_full = False
         return plan
+
+    @staticmethod
+    def _enter_groups(table: GroupTable, reqs: list[Req]) -> None:
+        """Tell attention who shares slots. Every row is written when the request that holds it is
+        prefilled, and so before it decodes; rows of finished requests need no clearing."""
+        groups = [(0, 0)] * len(reqs)
+        for i, req in enumerate(reqs):
+            planned = batch_of(req)
+            if planned is not None:
+                shared = req.cache_protected_len
+                groups[i] = planned.batch.attention_group(planned.member, shared)
+        rows = [req.req_pool_idx for req in reqs if req.req_pool_idx is not None]
+        table.assign(rows, *zip(*groups, strict=True))
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         # SGLang retracts requests until the rest fits, but has to abort the last one.
@@ -147,8 +164,8 @@ class BatchLLMScheduler(Scheduler):
         output.internal_state["batchllm_report"] = self.intake.to_dict() | {
             "kv_tokens": {
                 "total": self.max_total_num_tokens,
-                "free": self.token_to_kv_pool_allocator.available_size(),
-                "evictable": self.tree_cache.evictable_size(),
+                "free": self._cache.token_to_kv_pool_allocator.available_size(),
+                "evictable": self._cache.evictable_size(),
                 "pinned": self.intake.pinned_tokens,
             }
         }

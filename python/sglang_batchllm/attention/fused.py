@@ -1,0 +1,167 @@
+"""The fused kernel as one callable: its tile sizes, its workspace, its two launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from sglang_batchllm.attention import kernels
+from sglang_batchllm.attention.worklist import WorkList, next_power_of_2
+
+LOG2_E: float = kernels.LOG2_E.value
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Tile sizes and launch shape; rows of a query tile are (member, query head of one KV head).
+
+    block_m_small serves suffix items and groups of few members, block_m_large larger groups;
+    block_n is KV tokens a step and stages the depth of the load pipeline (two stages per tile in
+    flight, since a tile's slots are loaded first).
+    """
+
+    block_m_small: int
+    block_n_small: int
+    stages_small: int
+    block_m_large: int
+    block_n_large: int
+    stages_large: int
+    num_warps: int
+    programs_per_sm: int
+    max_registers: int | None = None
+
+
+def choose_config(dtype: torch.dtype, head_dim: int, ratio: int) -> KernelConfig:
+    """Tile sizes for a model dtype, head dimension and query heads per KV head.
+
+    Tuned on an H200 for 16-bit heads of 128 (benchmark/bench_attention.py): three programs of 168
+    registers per multiprocessor hide the latency of short suffixes better than two with larger
+    tiles.
+    """
+    lanes = next_power_of_2(ratio)
+    small, large = max(16, lanes), max(64, lanes)
+    if dtype == torch.float32:
+        # No tensor cores at full precision: small tiles keep the operands in registers.
+        return KernelConfig(small, 16, 2, max(32, lanes), 16, 2, 4, 1)
+    if head_dim > 128 or lanes > 16:
+        return KernelConfig(small, 32, 3, large, 32, 3, 4, 1)
+    return KernelConfig(small, 64, 5, large, 32, 5, 4, 3, 168)
+
+
+class FusedDecode:
+    """The kernel with its workspace, for one attention shape.
+
+    The workspace is parts [part capacity, query heads, head_dim] in the model's dtype, part_lse
+    [part capacity, query heads] fp32 (base 2) and the queue's counter, which is 0 between
+    launches.
+    """
+
+    def __init__(
+        self,
+        config: KernelConfig,
+        work: WorkList,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.config = config
+        self.work = work
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.parts = torch.empty(
+            (work.part_capacity, num_heads, head_dim), dtype=dtype, device=device
+        )
+        self.part_lse = torch.empty(
+            (work.part_capacity, num_heads), dtype=torch.float32, device=device
+        )
+        self.queue = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        req_to_token: torch.Tensor,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """Attention of the batch in the work list, into ``out``.
+
+        q, out: [batch, query heads, head_dim], rows may be strided; k_cache, v_cache: [slots, KV
+        heads, head_dim], of any dtype that converts to q's; k_scale, v_scale: what a cached value
+        is to be multiplied by; req_to_token: int32 [rows, context]; softcap: 0 for none; sinks:
+        [query heads], a logit that takes part in the softmax's denominator only.
+        """
+        config = self.config
+        work = self.work
+        ratio = self.num_heads // self.num_kv_heads
+        block_d = max(next_power_of_2(self.head_dim), 16)
+        sink_tensor = sinks if sinks is not None else q
+        kernels.fused_decode_kernel[(work.config.num_programs,)](
+            q,
+            k_cache,
+            v_cache,
+            out,
+            self.parts,
+            self.part_lse,
+            self.queue,
+            sink_tensor,
+            req_to_token,
+            work.slots,
+            work.header,
+            work.items,
+            work.members,
+            work.part_base,
+            q.stride(0),
+            k_cache.stride(0),
+            v_cache.stride(0),
+            out.stride(0),
+            req_to_token.stride(0),
+            scale * k_scale * LOG2_E,
+            softcap * LOG2_E,
+            v_scale,
+            NUM_KV_HEADS=self.num_kv_heads,
+            RATIO=ratio,
+            RATIO_P2=next_power_of_2(ratio),
+            HEAD_DIM=self.head_dim,
+            BLOCK_D=block_d,
+            BLOCK_M_SMALL=config.block_m_small,
+            BLOCK_N_SMALL=config.block_n_small,
+            STAGES_SMALL=config.stages_small,
+            BLOCK_M_LARGE=config.block_m_large,
+            BLOCK_N_LARGE=config.block_n_large,
+            STAGES_LARGE=config.stages_large,
+            SOFTCAP=softcap > 0.0,
+            SINKS=sinks is not None,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            THREADS=32 * config.num_warps,
+            num_warps=config.num_warps,  # pyright: ignore[reportCallIssue]
+            maxnreg=config.max_registers,  # pyright: ignore[reportCallIssue]
+        )
+        block_m = min(next_power_of_2(self.num_heads), 8)
+        kernels.merge_kernel[(q.shape[0], triton.cdiv(self.num_heads, block_m))](
+            out,
+            self.parts,
+            self.part_lse,
+            sink_tensor,
+            work.part_base,
+            work.part_count,
+            out.stride(0),
+            v_scale,
+            NUM_HEADS=self.num_heads,
+            HEAD_DIM=self.head_dim,
+            BLOCK_M=block_m,
+            BLOCK_D=block_d,
+            SINKS=sinks is not None,
+            num_warps=4,  # pyright: ignore[reportCallIssue]
+        )
+        return out

@@ -1,0 +1,346 @@
+"""The fused prefix-shared decode attention kernel.
+
+One launch runs all work items of a step (``worklist.py``), prefix and suffix alike, from a queue
+that starts with the prefix items; a second, small one merges the parts of each request by
+log-sum-exp. (Merging in the first launch, by the last item of a request to finish, was slower:
+the release it needs makes every item wait for its own stores.)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sglang_batchllm.attention.worklist import KIND_SMALL, KIND_SUFFIX
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _attend(
+    q,
+    k_ptr,
+    v_ptr,
+    slot_ptr,
+    num_tokens,
+    stride_k,
+    stride_v,
+    qk_scale,
+    softcap_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Attention of a query tile over the tokens of one slot list, with a running (base 2) softmax.
+
+    q: [BLOCK_M, BLOCK_D]; k_ptr, v_ptr: the KV head's first element at slot 0. Returns the
+    accumulator [BLOCK_M, BLOCK_D] and the row maximum and sum [BLOCK_M], fp32.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in tl.range(0, num_tokens, BLOCK_N, num_stages=STAGES):
+        position = start + offs_n
+        valid = position < num_tokens
+        # Past the end nothing is read (MASKED, for ragged suffixes), or the last token once more.
+        if MASKED:
+            slot = tl.load(slot_ptr + position, mask=valid, other=0)
+        else:
+            slot = tl.load(slot_ptr + tl.minimum(position, num_tokens - 1))
+        row = slot.to(tl.int64)[:, None]
+        k_at = k_ptr + row * stride_k + offs_d[None, :]
+        v_at = v_ptr + row * stride_v + offs_d[None, :]
+        if MASKED or HEAD_DIM != BLOCK_D:
+            mask = valid[:, None] & (offs_d[None, :] < HEAD_DIM)
+            k = tl.load(k_at, mask=mask, other=0.0)
+            v = tl.load(v_at, mask=mask, other=0.0)
+        else:
+            k = tl.load(k_at)
+            v = tl.load(v_at)
+        logits = tl.dot(q, k.to(q.dtype).T, input_precision=PRECISION)
+        if SOFTCAP:
+            # softcap * tanh(x / softcap), with qk_scale and softcap both carrying log2(e).
+            e = tl.exp2((2.0 * LOG2_E * qk_scale / softcap_log2) * logits)
+            logits = (softcap_log2 / qk_scale) * (1.0 - 2.0 / (e + 1.0))
+        logits = tl.where(valid[None, :], logits, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, 1) * qk_scale)
+        p = tl.exp2(logits * qk_scale - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def merge_kernel(
+    out_ptr,
+    part_ptr,
+    lse_ptr,
+    sink_ptr,
+    part_base_ptr,
+    part_count_ptr,
+    stride_out,
+    v_scale,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """Merge a request's parts by log-sum-exp, BLOCK_M query heads a program."""
+    request = tl.program_id(0)
+    count = tl.load(part_count_ptr + request)
+    base = tl.load(part_base_ptr + request)
+    if count > 1:
+        offs_d = tl.arange(0, BLOCK_D)
+        head = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = head < NUM_HEADS
+        mask = valid[:, None] & (offs_d[None, :] < HEAD_DIM)
+        total_max = tl.full([BLOCK_M], -1e30, tl.float32)
+        total_sum = tl.zeros([BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        # Two parts a round, the usual number, so that their loads overlap.
+        for p in range(0, count, 2):
+            more = p + 1 < count
+            at_0 = (base + p) * NUM_HEADS + head
+            at_1 = at_0 + NUM_HEADS
+            lse_0 = tl.load(lse_ptr + at_0, mask=valid, other=-float("inf"))
+            lse_1 = tl.load(lse_ptr + at_1, mask=valid & more, other=-float("inf"))
+            value_0 = tl.load(
+                part_ptr + (at_0[:, None] * HEAD_DIM + offs_d[None, :]), mask=mask, other=0.0
+            )
+            value_1 = tl.load(
+                part_ptr + (at_1[:, None] * HEAD_DIM + offs_d[None, :]), mask=mask & more, other=0.0
+            )
+            new_max = tl.maximum(total_max, tl.maximum(lse_0, lse_1))
+            rescale = tl.exp2(total_max - new_max)
+            weight_0 = tl.exp2(lse_0 - new_max)
+            weight_1 = tl.exp2(lse_1 - new_max)
+            total_sum = total_sum * rescale + weight_0 + weight_1
+            total = total * rescale[:, None] + value_0.to(tl.float32) * weight_0[:, None]
+            total += value_1.to(tl.float32) * weight_1[:, None]
+            total_max = new_max
+        if SINKS:
+            sink = tl.load(sink_ptr + head, mask=valid, other=0.0).to(tl.float32)
+            total_sum += tl.exp2(sink * LOG2_E - total_max)
+        scale = v_scale / tl.where(total_sum > 0.0, total_sum, 1.0)
+        tl.store(
+            out_ptr + (request * stride_out + head[:, None] * HEAD_DIM + offs_d[None, :]),
+            (total * scale[:, None]).to(out_ptr.dtype.element_ty),
+            mask=mask,
+        )
+
+
+@triton.jit
+def _run_item(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    part_ptr,
+    lse_ptr,
+    sink_ptr,
+    slot_ptr,
+    member_ptr,
+    part_base_ptr,
+    num_tokens,
+    request,
+    members,
+    part,
+    kv_head,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_out,
+    qk_scale,
+    softcap_log2,
+    v_scale,
+    NUM_KV_HEADS: tl.constexpr,
+    RATIO: tl.constexpr,
+    RATIO_P2: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+    SUFFIX: tl.constexpr,
+):
+    """One work item for one KV head; rows of the tile are (member, query head of the KV head)."""
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * RATIO
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    in_group = offs_m % RATIO_P2
+    head = kv_head * RATIO + in_group
+    if SUFFIX:
+        valid = offs_m < RATIO
+        row_request = tl.zeros([BLOCK_M], tl.int32) + request
+        row_part = tl.zeros([BLOCK_M], tl.int32) + part
+    else:
+        lane = offs_m // RATIO_P2
+        valid = (lane < members) & (in_group < RATIO)
+        row_request = tl.load(member_ptr + lane, mask=lane < members, other=0)
+        row_part = tl.load(part_base_ptr + row_request) + part
+    mask = valid[:, None] & (offs_d[None, :] < HEAD_DIM)
+    q_at = row_request * stride_q + head * HEAD_DIM
+    q = tl.load(q_ptr + (q_at[:, None] + offs_d[None, :]), mask=mask, other=0.0)
+    acc, row_max, row_sum = _attend(  # pyright: ignore[reportGeneralTypeIssues]
+        q, k_ptr + kv_head * HEAD_DIM, v_ptr + kv_head * HEAD_DIM, slot_ptr, num_tokens, stride_k,
+        stride_v, qk_scale, softcap_log2, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, SOFTCAP,
+        PRECISION, MASKED,
+    )  # fmt: skip
+    lse = row_max + tl.log2(row_sum)
+    result = acc * (1.0 / tl.where(row_sum > 0.0, row_sum, 1.0))[:, None]
+    if SUFFIX and part < 0:
+        # The request's only part: no workspace.
+        result = result * v_scale
+        if SINKS:
+            sink = tl.load(sink_ptr + head, mask=valid, other=0.0).to(tl.float32)
+            result = result * (1.0 / (1.0 + tl.exp2(sink * LOG2_E - lse)))[:, None]
+        out_at = row_request * stride_out + head * HEAD_DIM
+        tl.store(
+            out_ptr + (out_at[:, None] + offs_d[None, :]),
+            result.to(out_ptr.dtype.element_ty),
+            mask=mask,
+        )
+    else:
+        at = row_part * NUM_HEADS + head
+        tl.store(lse_ptr + at, lse, mask=valid)
+        tl.store(
+            part_ptr + (at[:, None] * HEAD_DIM + offs_d[None, :]),
+            result.to(part_ptr.dtype.element_ty),
+            mask=mask,
+        )
+
+
+@triton.jit
+def _load_item(item_ptr, ticket, total, NUM_KV_HEADS: tl.constexpr):
+    """The fields of a ticket's item (worklist.py), zeros past the end."""
+    item = item_ptr + ticket // NUM_KV_HEADS * 8
+    some = ticket < total
+    kind = tl.load(item, mask=some, other=0)
+    row = tl.load(item + 1, mask=some, other=0)
+    start = tl.load(item + 2, mask=some, other=0)
+    tokens = tl.load(item + 3, mask=some, other=0)
+    first = tl.load(item + 4, mask=some, other=0)
+    members = tl.load(item + 5, mask=some, other=0)
+    part = tl.load(item + 6, mask=some, other=0)
+    return kind, row, start, tokens, first, members, part
+
+
+@triton.jit
+def _draw(queue_ptr, THREADS: tl.constexpr):
+    """Start drawing a ticket: one element per thread, so that nothing waits for the answer here."""
+    thread = tl.arange(0, THREADS)
+    return tl.atomic_add(queue_ptr + thread * 0, 1, mask=thread == 0, sem="relaxed")
+
+
+@triton.jit
+def _drawn(draw, THREADS: tl.constexpr):
+    """The ticket of an earlier ``_draw``."""
+    return tl.sum(tl.where(tl.arange(0, THREADS) == 0, draw, 0))
+
+
+@triton.jit
+def fused_decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    part_ptr,
+    lse_ptr,
+    queue_ptr,
+    sink_ptr,
+    req_to_token_ptr,
+    slots_ptr,
+    header_ptr,
+    item_ptr,
+    member_ptr,
+    part_base_ptr,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_out,
+    req_to_token_stride,
+    qk_scale,
+    softcap_log2,
+    v_scale,
+    NUM_KV_HEADS: tl.constexpr,
+    RATIO: tl.constexpr,
+    RATIO_P2: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M_SMALL: tl.constexpr,
+    BLOCK_N_SMALL: tl.constexpr,
+    STAGES_SMALL: tl.constexpr,
+    BLOCK_M_LARGE: tl.constexpr,
+    BLOCK_N_LARGE: tl.constexpr,
+    STAGES_LARGE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Persistent programs run (item, KV head) tickets, the heads of an item next to each other.
+
+    A program's first ticket is its own number, the others come from a counter. While an item
+    runs, the next one's record and the ticket after that are on their way. Every program draws
+    once more than it runs, so the draw number ``total + programs - 1`` is the last of all, and
+    whoever has it rewinds the counter.
+    """
+    programs = tl.num_programs(0)
+    total = tl.load(header_ptr) * NUM_KV_HEADS
+    ticket = tl.program_id(0)
+    draw = _draw(queue_ptr, THREADS)
+    kind, row, start, tokens, first, members, part = _load_item(
+        item_ptr, ticket, total, NUM_KV_HEADS
+    )
+    while ticket < total:
+        kv_head = ticket % NUM_KV_HEADS
+        next_ticket = programs + _drawn(draw, THREADS)
+        kind_, row_, start_, tokens_, first_, members_, part_ = _load_item(
+            item_ptr, next_ticket, total, NUM_KV_HEADS
+        )
+        draw = _draw(queue_ptr, THREADS)
+        if kind == KIND_SUFFIX:
+            slot_ptr = req_to_token_ptr + row.to(tl.int64) * req_to_token_stride + start
+            _run_item(
+                q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, slot_ptr, member_ptr,
+                part_base_ptr, tokens, first, members, part, kv_head, stride_q, stride_k,
+                stride_v, stride_out, qk_scale, softcap_log2, v_scale, NUM_KV_HEADS, RATIO,
+                RATIO_P2, HEAD_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D, STAGES_SMALL, SOFTCAP,
+                SINKS, PRECISION, True, True,
+            )  # fmt: skip
+        elif kind == KIND_SMALL:
+            _run_item(
+                q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, slots_ptr + start,
+                member_ptr + first, part_base_ptr, tokens, first, members, part, kv_head,
+                stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale,
+                NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D,
+                STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, False,
+            )  # fmt: skip
+        else:
+            _run_item(
+                q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, slots_ptr + start,
+                member_ptr + first, part_base_ptr, tokens, first, members, part, kv_head,
+                stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale,
+                NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, BLOCK_M_LARGE, BLOCK_N_LARGE, BLOCK_D,
+                STAGES_LARGE, SOFTCAP, SINKS, PRECISION, False, False,
+            )  # fmt: skip
+        ticket = next_ticket
+        kind, row, start, tokens = kind_, row_, start_, tokens_
+        first, members, part = first_, members_, part_
+    if _drawn(draw, THREADS) == total + programs - 1:
+        tl.store(queue_ptr, 0)

@@ -1,0 +1,172 @@
+"""The backend beside SGLang's torch_native on the CPU: what is fused and what falls back."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from cases import Batch, make_batch, relative_error
+from sglang_batchllm.attention import create_batchllm_backend, get_group_table
+from sglang_batchllm.attention.backend import BatchLLMAttnBackend
+
+HEADS, KV_HEADS, DIM = 4, 2, 16
+
+
+class MHATokenToKVPool:
+    """As much of SGLang's pool as a backend touches."""
+
+    kv_cache_layout = "nhd"
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k, self.v, self.size = k, v, k.shape[0]
+
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.k, self.v
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.k
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.v
+
+    def set_kv_buffer(
+        self,
+        layer: RadixAttention,
+        loc: Any,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_scale: object = None,
+        v_scale: object = None,
+    ) -> None:
+        self.k[loc.loc] = k.view(-1, KV_HEADS, DIM)
+        self.v[loc.loc] = v.view(-1, KV_HEADS, DIM)
+
+
+class Pool:
+    def __init__(self, req_to_token: torch.Tensor) -> None:
+        self.req_to_token = req_to_token
+
+
+def make_layer(**options: Any) -> RadixAttention:
+    return RadixAttention(HEADS, DIM, DIM**-0.5, KV_HEADS, 0, **options)
+
+
+def make_runner(batch: Batch, layers: list[RadixAttention], **flags: Any) -> Any:
+    return SimpleNamespace(
+        server_args=SimpleNamespace(
+            get_attention_backends=lambda: ("torch_native", "batchllm"),
+            speculative_algorithm=flags.get("speculative_algorithm"),
+            enable_deterministic_inference=False,
+            dcp_size=1,
+        ),
+        use_mla_backend=flags.get("use_mla_backend", False),
+        model_config=SimpleNamespace(is_encoder_decoder=False),
+        model=torch.nn.ModuleList(layers),
+        req_to_token_pool=Pool(batch.req_to_token),
+        token_to_kv_pool=MHATokenToKVPool(batch.k_cache, batch.v_cache),
+        dtype=batch.q.dtype,
+        device="cpu",
+    )
+
+
+def make_step(batch: Batch, mode: ForwardMode = ForwardMode.DECODE) -> Any:
+    """The batch's last token is the one that this step writes."""
+    last = batch.req_to_token[batch.rows, batch.seq_lens - 1].long()
+    return SimpleNamespace(
+        forward_mode=mode,
+        req_pool_indices=batch.rows,
+        seq_lens=batch.seq_lens,
+        encoder_lens=None,
+        out_cache_loc=last,
+        batch_size=len(batch.rows),
+    )
+
+
+def decode(backend: Any, layer: RadixAttention, batch: Batch, **kwargs: Any) -> torch.Tensor:
+    step = make_step(batch)
+    k, v = batch.k_cache[step.out_cache_loc], batch.v_cache[step.out_cache_loc]
+    batch.k_cache[step.out_cache_loc] = torch.nan
+    backend.init_forward_metadata(step)
+    out = backend.forward_decode(
+        batch.q.flatten(1), k.flatten(1), v.flatten(1), layer, step, **kwargs
+    )
+    return out.view(batch.q.shape)
+
+
+def make(batch: Batch, layers: list[RadixAttention], **flags: Any) -> Any:
+    runner = make_runner(batch, layers, **flags)
+    table = get_group_table(runner.req_to_token_pool)
+    assert table is not None
+    rows = range(len(batch.group_id))
+    table.assign(list(rows), batch.group_id, batch.prefix_len)
+    return create_batchllm_backend(runner)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return make_batch([(300, [1, 7, 30]), (0, [90]), (33, [9])], KV_HEADS, HEADS // KV_HEADS, DIM)
+
+
+def test_decode_with_groups(batch: Batch) -> None:
+    layer = make_layer()
+    backend = make(batch, [layer])
+    assert isinstance(backend, BatchLLMAttnBackend)
+    out = decode(backend, layer, batch)
+    assert relative_error(out, batch.reference()) < 1e-5
+    native = decode(backend.native, layer, batch)
+    torch.testing.assert_close(out, native, rtol=1e-4, atol=1e-5)
+
+
+def test_softcap_and_sinks(batch: Batch) -> None:
+    layer = make_layer(logit_cap=3.0)
+    sinks = torch.randn(HEADS)
+    out = decode(make(batch, [layer]), layer, batch, sinks=sinks)
+    assert relative_error(out, batch.reference(softcap=3.0, sinks=sinks)) < 1e-5
+
+
+def test_sliding_window_layers_are_native(batch: Batch, caplog: pytest.LogCaptureFixture) -> None:
+    full, window = make_layer(), make_layer(sliding_window_size=4)
+    with caplog.at_level(logging.WARNING):
+        backend = make(batch, [full, window])
+    assert [r.message for r in caplog.records if "1 of 2 layers" in r.message]
+    assert relative_error(decode(backend, full, batch), batch.reference()) < 1e-5
+    expected = decode(backend.native, window, batch)
+    assert torch.equal(decode(backend, window, batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [({"use_mla_backend": True}, "latent"), ({"speculative_algorithm": "EAGLE"}, "speculative")],
+)
+def test_refused_models_get_the_native_backend(
+    batch: Batch, flags: dict[str, Any], word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        backend = make(batch, [make_layer()], **flags)
+    assert isinstance(backend, TorchNativeAttnBackend)
+    assert len([r for r in caplog.records if word in r.message]) == 1
+
+
+def test_unknown_arguments_are_refused(batch: Batch) -> None:
+    layer = make_layer()
+    with pytest.raises(RuntimeError, match="rel_bias"):
+        decode(make(batch, [layer]), layer, batch, rel_bias=torch.zeros(1))
+
+
+def test_extend_is_the_native_backend(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer()
+    backend = make(batch, [layer])
+    seen: list[Any] = []
+    monkeypatch.setattr(backend.native, "forward_extend", lambda *a, **k: seen.append((a, k)))
+    monkeypatch.setattr(backend.native, "init_forward_metadata", seen.append)
+    step = make_step(batch, ForwardMode.EXTEND)
+    backend.init_forward_metadata(step)
+    backend.forward_extend(batch.q, batch.q, batch.q, layer, step, True, sinks=None)
+    assert seen[0] is step and seen[1][0][4] is step

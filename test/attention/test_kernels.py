@@ -1,0 +1,129 @@
+"""The kernels and their work list on CPU tensors, under Triton's interpreter (see conftest.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cases import Batch, make_batch, make_fused, relative_error, run
+
+RAGGED = [(70, [1, 7, 30, 2, 65]), (0, [90]), (33, [9]), (16, [3, 3]), (0, [1, 33])]
+
+groups_strategy = st.lists(
+    st.tuples(
+        st.sampled_from([0, 1, 15, 16, 17, 40, 100]),
+        st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(groups=groups_strategy, padding=st.sampled_from([0, 3]), seed=st.integers(0, 99))
+def test_random_ragged_batches(
+    groups: list[tuple[int, list[int]]], padding: int, seed: int
+) -> None:
+    batch = make_batch(groups, seed=seed, padding=padding)
+    assert relative_error(run(make_fused(batch), batch), batch.reference()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "ratio", "head_dim"), [(2, 1, 16), (1, 3, 80), (1, 7, 16)]
+)
+def test_head_shapes(num_kv_heads: int, ratio: int, head_dim: int) -> None:
+    batch = make_batch(RAGGED[:3], num_kv_heads, ratio, head_dim)
+    assert relative_error(run(make_fused(batch), batch), batch.reference()) < 1e-5
+
+
+def test_half_precision() -> None:
+    # The interpreter's dot takes bfloat16 for integers: that dtype is tested on the GPU.
+    batch = make_batch(RAGGED[:3], dtype=torch.float16)
+    assert relative_error(run(make_fused(batch), batch), batch.reference()) < 1e-2
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_pages(page_size: int) -> None:
+    batch = make_batch(RAGGED[:3], page_size=page_size)
+    assert relative_error(run(make_fused(batch), batch), batch.reference()) < 1e-5
+
+
+def test_softcap_sinks_and_scales() -> None:
+    batch = make_batch(RAGGED[:3])
+    sinks = torch.randn(4)
+    out = run(make_fused(batch), batch, softcap=2.0, sinks=sinks)
+    assert relative_error(out, batch.reference(softcap=2.0, sinks=sinks)) < 1e-5
+    out = run(make_fused(batch), batch, k_scale=0.5, v_scale=3.0)
+    batch.k_cache *= 0.5
+    batch.v_cache *= 3.0
+    assert relative_error(out, batch.reference()) < 1e-5
+
+
+def test_long_sequences_are_split_and_large_tiles_used() -> None:
+    batch = make_batch([(600, [1] * 40), (0, [700, 1])], num_kv_heads=1)
+    fused = make_fused(batch, num_programs=2)
+    assert relative_error(run(fused, batch), batch.reference()) < 1e-5
+    items = fused.work.items[: int(fused.work.header[0])]
+    assert (items[:, 0] == 2).any()
+    assert int(fused.work.part_count.max()) > 2
+
+
+def test_the_list_is_reused_for_other_batches() -> None:
+    first, second = make_batch(RAGGED), make_batch([(50, [4] * 6)], seed=1)
+    second.k_cache = torch.cat([second.k_cache, first.k_cache])
+    second.v_cache = torch.cat([second.v_cache, first.v_cache])
+    fused = make_fused(first, max_batch=16)
+    for batch in (first, second, first):
+        assert relative_error(run(fused, batch), batch.reference()) < 1e-5
+
+
+def test_no_tokens_gives_zeros() -> None:
+    batch = make_batch([(0, [5, 6])])
+    batch.seq_lens[0] = 0
+    out = run(make_fused(batch), batch)
+    assert (out[0] == 0).all()
+    assert relative_error(out[1:], batch.reference()[1:]) < 1e-5
+
+
+def test_groups_that_do_not_pay_do_not_share() -> None:
+    batch = make_batch([(40, [3, 4]), (200, [5, 6])])
+    fused = make_fused(batch, min_saved_tokens=100)
+    assert relative_error(run(fused, batch), batch.reference()) < 1e-5
+    assert sorted(fused.work.part_count[:4].tolist()) == [1, 1, 2, 2]
+
+
+def test_groups_beyond_the_slot_snapshot_do_not_share() -> None:
+    batch = make_batch([(40, [3, 4]), (200, [5, 6])])
+    fused = make_fused(batch)
+    fused.work.slot_capacity = 100
+    assert relative_error(run(fused, batch), batch.reference()) < 1e-5
+    assert sorted(fused.work.part_count[:4].tolist()) == [1, 1, 2, 2]
+
+
+def test_the_list_covers_every_token_once() -> None:
+    batch = make_batch(RAGGED)
+    fused = make_fused(batch)
+    run(fused, batch)
+    work = fused.work
+    covered = torch.zeros(len(batch.rows), dtype=torch.long)
+    for kind, _, _, tokens, first, members, _, _ in work.items[: int(work.header[0])].tolist():
+        who = [first] if kind == 0 else work.members[first : first + members].tolist()
+        covered[who] += tokens
+    assert torch.equal(covered, batch.seq_lens)
+    parts = [
+        range(base, base + count)
+        for base, count in zip(work.part_base.tolist(), work.part_count.tolist(), strict=True)
+    ]
+    used = [part for request in parts[: len(batch.rows)] for part in request]
+    assert len(set(used)) == len(used) and max(used) < work.part_capacity
+
+
+def test_same_result_in_any_batch_order() -> None:
+    batch = make_batch(RAGGED)
+    out = run(make_fused(batch), batch)
+    order = torch.randperm(len(batch.rows))
+    other = Batch(**{**vars(batch), "q": batch.q[order], "rows": batch.rows[order]})
+    other.seq_lens = batch.seq_lens[order]
+    torch.testing.assert_close(run(make_fused(other), other), out[order], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import torch
+
+from cases import make_batch, relative_error
+from sglang_batchllm.attention.reference import shared_decode
+
+
+def test_sharing_changes_nothing() -> None:
+    batch = make_batch([(70, [1, 7, 30]), (0, [90]), (33, [9]), (5, [3] * 40)], padding=2)
+    for softcap, sinks in ((0.0, None), (2.0, torch.randn(4))):
+        out = shared_decode(
+            batch.q,
+            batch.k_cache,
+            batch.v_cache,
+            batch.req_to_token,
+            batch.rows,
+            batch.seq_lens,
+            batch.group_id,
+            batch.prefix_len,
+            batch.scale,
+            softcap,
+            sinks,
+        )
+        assert relative_error(out, batch.reference(softcap=softcap, sinks=sinks)) < 1e-5
+
+
+def test_reference_is_softmax_attention() -> None:
+    batch = make_batch([(0, [12])], num_kv_heads=2, ratio=2)
+    slots = batch.req_to_token[batch.rows[0], :12].long()
+    k, v = batch.k_cache[slots].transpose(0, 1), batch.v_cache[slots].transpose(0, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        batch.q[0].view(2, 2, 16).double(), k.double(), v.double()
+    )
+    torch.testing.assert_close(batch.reference()[0], expected.view(4, 16))
