@@ -2,10 +2,12 @@
 
     python benchmark/bench_offline.py --model PATH --cases M1 M5 M6 --json FILE
 
-Each side runs in a process of its own per KV pool size, one after the other on the same GPU, and
-all its cases in that process, after a warm-up batch of the same shape with other tokens. Stock
-SGLang runs every case twice, prompts shuffled and prompts sorted by group, and is quoted at the
-better. `--load-format dummy` takes random weights: outputs are meaningless and cost the same.
+Sides: stock SGLang, and --batchllm with fused and with native attention. Each side runs in a
+process of its own per KV pool size, one after the other on the same GPU, and all its cases in
+that process, each after a warm-up batch of the same shape with other tokens. Stock SGLang runs
+every case twice, prompts shuffled and prompts sorted by group, and is quoted at the better.
+`--load-format dummy` takes random weights: outputs are meaningless and cost the same. With
+`--profile`, one more run of each case says where a decode step's GPU time goes.
 """
 
 from __future__ import annotations
@@ -13,27 +15,39 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from traces import decode_step
+
 from cases import CASES, Case
 
+PROFILED_STEPS = 4
 
-def run_side(options: dict[str, Any], cases: list[Case], batchllm: bool, pipe: Any) -> None:
+
+SIDES = {
+    "fused": {"batchllm": True, "batchllm_attention": "fused"},
+    "native": {"batchllm": True, "batchllm_attention": "native"},
+    "stock": {},
+}
+
+
+def run_side(
+    options: dict[str, Any], cases: list[Case], side: str, profile: bool, pipe: Any
+) -> None:
     """Start an engine, run `cases`, send one result per run through `pipe`."""
     import sglang
 
-    if batchllm:
-        options = {**options, "batchllm": True}
-    engine = sglang.Engine(**options)
+    engine = sglang.Engine(**options, **SIDES[side])
     vocab_size = engine.tokenizer_manager.model_config.vocab_size
     try:
         for case in cases:
             sampling = {"temperature": 0, "max_new_tokens": case.output, "ignore_eos": True}
             warm_up = case.prompts(vocab_size, seed=1)[: max(case.requests // 8, 1)]
             engine.generate(input_ids=warm_up, sampling_params=sampling)
-            orders = ["shuffled"] if batchllm else ["shuffled", "grouped"]
+            orders = ["shuffled", "grouped"] if side == "stock" else ["shuffled"]
             for order in orders:
                 prompts = case.prompts(vocab_size)
                 if order == "grouped":
@@ -42,7 +56,19 @@ def run_side(options: dict[str, Any], cases: list[Case], batchllm: bool, pipe: A
                 started = time.perf_counter()
                 results = engine.generate(input_ids=prompts, sampling_params=sampling)
                 seconds = time.perf_counter() - started
-                pipe.send(measure(case, order, batchllm, prompts, results, seconds))
+                result = measure(case, order, side, prompts, results, seconds)
+                if profile and order == "shuffled":
+                    with tempfile.TemporaryDirectory() as folder:
+                        engine.flush_cache()
+                        engine.start_profile(
+                            output_dir=folder,
+                            num_steps=PROFILED_STEPS,
+                            profile_by_stage=True,
+                            activities=["GPU"],
+                        )
+                        engine.generate(input_ids=prompts, sampling_params=sampling)
+                        result["decode_step"] = decode_step(Path(folder), PROFILED_STEPS)
+                pipe.send(result)
     finally:
         engine.shutdown()
 
@@ -50,7 +76,7 @@ def run_side(options: dict[str, Any], cases: list[Case], batchllm: bool, pipe: A
 def measure(
     case: Case,
     order: str,
-    batchllm: bool,
+    side: str,
     prompts: list[list[int]],
     results: list[dict[str, Any]],
     seconds: float,
@@ -60,7 +86,7 @@ def measure(
     groups = case.requests // case.sharing_degree
     return {
         "case": case.name,
-        "side": "batchllm" if batchllm else "stock",
+        "side": side,
         "order": order,
         "seconds": seconds,
         "requests_per_second": case.requests / seconds,
@@ -77,6 +103,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--profile", action="store_true", help="profile decode steps too")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--load-format", default="dummy")
     args = parser.parse_args()
@@ -92,11 +120,12 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     for kv_tokens in dict.fromkeys(case.kv_tokens for case in cases):
         same_pool = [case for case in cases if case.kv_tokens == kv_tokens]
-        for batchllm in (True, False):
+        for side in args.sides:
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=run_side,
-                args=({**options, "max_total_tokens": kv_tokens}, same_pool, batchllm, sender),
+                args=({**options, "max_total_tokens": kv_tokens}, same_pool, side, args.profile)
+                + (sender,),
             )
             process.start()
             sender.close()
@@ -112,20 +141,22 @@ def main() -> None:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    print(f"{'case':6}{'stock':>10}{'order':>10}{'batchllm':>10}{'ratio':>8}{'computed':>12}")
+    """Requests per second of each side, and the ratio to stock's better order."""
+    sides = list(dict.fromkeys(r["side"] for r in results))
+    print("".join(f"{word:>12}" for word in ["case", *sides, "ratio", "computed"]))
     for name in dict.fromkeys(r["case"] for r in results):
-        runs = [r for r in results if r["case"] == name]
-        ours = [r for r in runs if r["side"] == "batchllm"]
-        stock = [r for r in runs if r["side"] == "stock"]
-        if not ours or not stock:
-            continue
-        best = max(stock, key=lambda r: r["requests_per_second"])
-        ratio = ours[0]["requests_per_second"] / best["requests_per_second"]
-        share = ours[0]["computed_tokens"] / ours[0]["distinct_tokens"]
-        print(
-            f"{name:6}{best['requests_per_second']:10.1f}{best['order']:>10}"
-            f"{ours[0]['requests_per_second']:10.1f}{ratio:8.2f}{share:11.4f}x"
-        )
+        best: dict[str, dict[str, Any]] = {}
+        for run in results:
+            if run["case"] == name:
+                faster = best.get(run["side"], run)
+                best[run["side"]] = max(run, faster, key=lambda r: r["requests_per_second"])
+        row = [f"{best[side]['requests_per_second']:.1f}" if side in best else "" for side in sides]
+        first = best[next(iter(best))]
+        ratio = ""
+        if "stock" in best:
+            ratio = f"{first['requests_per_second'] / best['stock']['requests_per_second']:.2f}"
+        computed = f"{first['computed_tokens'] / first['distinct_tokens']:.4f}"
+        print("".join(f"{word:>12}" for word in [name, *row, ratio, computed]))
 
 
 if __name__ == "__main__":
