@@ -65,6 +65,8 @@ def run_side(
                             num_steps=PROFILED_STEPS,
                             profile_by_stage=True,
                             activities=["GPU"],
+                            with_stack=False,
+                            record_shapes=False,
                         )
                         engine.generate(input_ids=prompts, sampling_params=sampling)
                         result["decode_step"] = decode_step(Path(folder), PROFILED_STEPS)
@@ -124,8 +126,13 @@ def main() -> None:
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=run_side,
-                args=({**options, "max_total_tokens": kv_tokens}, same_pool, side, args.profile)
-                + (sender,),
+                args=(
+                    {**options, "max_total_tokens": kv_tokens},
+                    same_pool,
+                    side,
+                    args.profile,
+                    sender,
+                ),
             )
             process.start()
             sender.close()

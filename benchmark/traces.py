@@ -9,8 +9,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ATTENTION_KERNELS = ("flash", "attention", "attn", "_fused_", "_merge", "_plan", "_fill", "combine")
-"""Parts of names: fa3's kernels, and ours with their work list and merge."""
+ATTENTION_KERNELS = (
+    *("flash", "attention", "attn"),  # fa3
+    *("fused_decode_kernel", "merge_kernel", "_plan_kernel", "_emit_kernel"),  # ours, all of it
+)
+"""Parts of kernel names."""
 
 
 def decode_step(folder: Path, steps: int, wait_seconds: float = 60) -> dict[str, Any]:

@@ -7,10 +7,12 @@ stand in here step back to SGLang's own while the flag is off.
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -58,31 +60,35 @@ def _register_runtime() -> None:
     register_attention_backend(ATTENTION_BACKEND)(create_batchllm_backend)
 
 
-_frontend_extended = False
-
-
+@functools.cache
 def extend_frontend() -> None:
-    """In a process that takes requests: lists travel as one batch, and the report has a URL."""
-    global _frontend_extended
-    if _frontend_extended:
-        return
-    _frontend_extended = True
+    """In a process that takes requests, once the flag is on: lists travel as one batch."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_batchllm.frontend.intake import send_as_one_batch
-    from sglang_batchllm.frontend.report import add_report_route
 
     HookRegistry.register(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._should_use_batch_tokenization",
         send_as_one_batch,
         HookType.AROUND,
     )
+    HookRegistry.apply_hooks()
+
+
+def _extend_http_server() -> None:
+    """The report gets a URL, if the server is started with the flag."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_batchllm.frontend.report import add_report_route
+
     HookRegistry.register(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
         add_report_route,
         HookType.BEFORE,
     )
     HookRegistry.apply_hooks()
+    if "--multiprocessing-fork" in sys.orig_argv:
+        extend_frontend()  # the server process of sgl.Runtime, whose arguments are finished
 
 
 def load_early() -> None:
@@ -92,14 +98,17 @@ def load_early() -> None:
     its arguments without; each imports one module just before, and loading follows that import.
     """
     sys.meta_path.insert(0, _LoadPluginsAfter("sglang.cli.serve"))
-    sys.meta_path.insert(0, _LoadPluginsAfter("sglang.srt.entrypoints.http_server"))
+    sys.meta_path.insert(
+        0, _LoadPluginsAfter("sglang.srt.entrypoints.http_server", _extend_http_server)
+    )
 
 
 class _LoadPluginsAfter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds one module as usual, and loads SGLang's plugins once it has been imported."""
 
-    def __init__(self, module_name: str):
+    def __init__(self, module_name: str, then: Callable[[], None] = lambda: None):
         self._module_name = module_name
+        self._then = then
 
     def find_spec(
         self, fullname: str, path: object = None, target: object = None
@@ -122,5 +131,4 @@ class _LoadPluginsAfter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
-        if "--multiprocessing-fork" in sys.orig_argv:
-            extend_frontend()  # the server process of sgl.Runtime, whose arguments are finished
+        self._then()

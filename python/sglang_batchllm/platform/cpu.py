@@ -25,6 +25,10 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
     def get_device(self, local_rank: int = 0) -> str:  # type: ignore[override]
         return "cpu"  # SGLang concatenates and compares this with strings
 
+    def init_backend(self) -> None:
+        # What SGLang and its grammar libraries compile would need a C++ compiler here.
+        torch._dynamo.config.disable = True
+
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
         server_args.device = "cpu"
         if server_args.attention_backend is None:
