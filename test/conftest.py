@@ -15,6 +15,7 @@ from engines import AMPLE, SCARCE, SERVER_PAGE_SIZE, Server
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
 os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for more to pay
 
 
 @pytest.fixture(scope="session")

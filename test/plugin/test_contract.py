@@ -46,6 +46,8 @@ SIGNATURES = {
     "plugins.load_plugins": "",
     "plugins.hook_registry.HookRegistry.register": "cls, target, hook, hook_type, source",
     "plugins.hook_registry.HookRegistry.apply_hooks": "cls",
+    "platforms.interface.SRTPlatform.init_backend": "self",
+    "layers.attention.attention_registry.register_attention_backend": "name",
     "platforms.interface.SRTPlatform.apply_server_args_defaults": "self, server_args",
     "platforms.interface.SRTPlatform.get_default_attention_backend": "self",
     "platforms.interface.SRTPlatform.get_mha_kv_pool_cls": "self",

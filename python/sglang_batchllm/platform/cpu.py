@@ -7,6 +7,7 @@ plain torch instead: slow, exact, and the same scheduler, caches and servers as 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -26,8 +27,8 @@ class CpuReferencePlatform(CpuDeviceMixin, SRTPlatform):
         return "cpu"  # SGLang concatenates and compares this with strings
 
     def init_backend(self) -> None:
-        # What SGLang and its grammar libraries compile would need a C++ compiler here.
-        torch._dynamo.config.disable = True
+        # torch.compile, as grammar libraries use it, would need a C++ compiler on this machine.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
         server_args.device = "cpu"

@@ -52,6 +52,7 @@ class Intake:
         self.loose: list[Req] = []
         self._gathering: list[Req] = []
         self._first_arrival = self._last_arrival = 0.0
+        self._gathered: BatchReport | None = None  # of all waves since none was left last
         self._reports: deque[BatchReport] = deque(maxlen=KEPT_REPORTS)
 
     def arrive(self, req: Req) -> None:
@@ -124,11 +125,10 @@ class Intake:
             if not batch.unfinished:
                 self._close(batch.report)
         self.batches = [batch for batch in self.batches if batch.unfinished]
-        if self.waves:
-            report = self.waves[-1].report
-            self.waves = [wave for wave in self.waves if wave.unfinished]
-            if not self.waves and not self._gathering:
-                self._close(report)
+        self.waves = [wave for wave in self.waves if wave.unfinished]
+        if self._gathered is not None and not self.waves and not self._gathering:
+            self._close(self._gathered)
+            self._gathered = None
 
     @property
     def planned(self) -> list[PlannedBatch]:
@@ -142,8 +142,8 @@ class Intake:
     def to_dict(self) -> dict[str, Any]:
         """The reports of the last batches, newest last, and of those that run."""
         running = [batch.report for batch in self.batches]
-        if self.waves:
-            running.append(self.waves[-1].report)
+        if self._gathered is not None:
+            running.append(self._gathered)
         return {
             "batches": [report.to_dict() for report in self._reports],
             "running": [report.to_dict() for report in running],
@@ -153,10 +153,8 @@ class Intake:
         private = into is self.batches
         if private:
             report = BatchReport("batch")
-        elif self.waves:
-            report = self.waves[-1].report
         else:
-            report = BatchReport("gathered")
+            report = self._gathered = self._gathered or BatchReport("gathered")
         into.append(PlannedBatch(requests, self._store, self._page_size, report, private))
 
     def _close(self, report: BatchReport) -> None:

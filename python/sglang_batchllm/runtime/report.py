@@ -21,10 +21,11 @@ class BatchReport:
 
     kind: "batch" for a list given in one call, "gathered" for requests that came one by one.
     prompt_tokens: tokens of all prompts. distinct_tokens: of these, the tokens that must be
-    computed when none is computed twice, by the plan. computed_tokens: those that were, over
-    the requests that ran. peak_pinned_tokens: KV tokens held by pins. retractions: times that a
-    running request gave its KV back for lack of memory. relaxed_tokens: pinned tokens that were
-    given up so that a request could run at all.
+    computed when none is computed twice, by the plan; with gathered requests summed over their
+    plans, so what one leaves in the cache for the next counts again. computed_tokens: those that
+    were, over the requests that ran. peak_pinned_tokens: KV tokens held by pins. retractions:
+    times that a running request gave its KV back for lack of memory. relaxed_tokens: pinned
+    tokens that were given up so that a request could run at all.
     """
 
     kind: str
