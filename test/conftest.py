@@ -54,8 +54,14 @@ def engine(tiny_model: Path, starting_server: Server) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def scarce_engine(tiny_model: Path) -> Iterator[Any]:
-    """KV for a few requests only, and chunks shorter than most prompts."""
-    yield from _engine(tiny_model, batchllm=True, max_total_tokens=SCARCE, chunked_prefill_size=48)
+    """KV for a few requests only, chunks shorter than most prompts, prefix-shared attention."""
+    yield from _engine(
+        tiny_model,
+        batchllm=True,
+        batchllm_attention="fused",
+        max_total_tokens=SCARCE,
+        chunked_prefill_size=48,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,8 @@ class BatchLLMServerArgs(ServerArgs):
 
     def _wants_fused_attention(self) -> bool:
         if self.batchllm_attention == "auto":
-            return self.device == "cuda" and self.decode_attention_backend is None
+            is_mla = self.get_model_config().attention_arch == AttentionArch.MLA
+            return self.device == "cuda" and self.decode_attention_backend is None and not is_mla
         return self.batchllm_attention == "fused"
 
     def _refuse_unsupported_flags(self) -> None:

@@ -82,6 +82,10 @@ def test_another_sglang_version_works_without_the_flag(commands):
         ({"schedule_policy": "lpm"}, "--schedule-policy"),
         ({"radix_cache_backend": "flexkv"}, "--radix-cache-backend"),
         ({"batchllm_gather_ms": -1.0}, "--batchllm-gather-ms"),
+        (
+            {"batchllm_attention": "fused", "decode_attention_backend": "triton"},
+            "--decode-attention-backend triton",
+        ),
     ],
 )
 def test_unsupported_options_are_named(tiny_model, options, named):
