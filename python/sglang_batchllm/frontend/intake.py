@@ -28,5 +28,5 @@ def send_as_one_batch(
         and batch_size > 0
         and isinstance(requests.text, list)
         and manager.is_generation
-        and not any(requests[i].contains_mm_input() for i in range(batch_size))
+        and not requests.contains_mm_input()
     )
