@@ -27,6 +27,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tiny_model import make_tiny_model
+
 WORK_DIR = Path(__file__).resolve().parent.parent / ".quickstart"
 SEED = 0
 VOCAB_SIZE = 4096
@@ -137,43 +139,10 @@ def tiny_model() -> Path:
     if folder.exists():
         return folder
     print("Making a tiny random Llama and its tokenizer ...", flush=True)
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     unfinished = WORK_DIR / "tiny-llama.unfinished"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    make_tiny_model(
+        unfinished, library_texts(), VOCAB_SIZE, CONTEXT_LENGTH, hidden_size=128, head_dim=64
     )
-    tokenizer.train_from_iterator(library_texts(), trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(unfinished)
-
-    torch.manual_seed(SEED)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=64,
-            max_position_embeddings=CONTEXT_LENGTH,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-    ).float()
-    with torch.no_grad():  # spread the logits, so that greedy choices are far from ties
-        model.lm_head.weight.mul_(20.0)
-    model.save_pretrained(unfinished)
     unfinished.rename(folder)
     return folder
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from engines import AMPLE, SCARCE, SERVER_PAGE_SIZE, Server
+from engines import AMPLE, CONTEXT_LENGTH, SCARCE, SERVER_PAGE_SIZE, VOCAB_SIZE, Server
+from tiny_model import make_tiny_model
 
 # Every engine checks that no KV slot is lost or counted twice, busy and idle.
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
@@ -20,9 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for more
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny_model import make_tiny_model
-
-    return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    return make_tiny_model(folder, [Path.__doc__ or ""], VOCAB_SIZE, CONTEXT_LENGTH)
 
 
 def _engine(model: Path, **options: Any) -> Iterator[Any]:

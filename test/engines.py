@@ -12,6 +12,8 @@ from typing import Any
 import requests
 
 API_KEY = "test-key"
+VOCAB_SIZE = 512
+CONTEXT_LENGTH = 2048
 AMPLE = 20_000
 SCARCE = 400
 SERVER_PAGE_SIZE = 16

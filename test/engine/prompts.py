@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from tiny_model import VOCAB_SIZE
+from engines import VOCAB_SIZE
 
 
 def mixed_batch(count: int = 200, seed: int = 0) -> list[list[int]]:
