@@ -106,13 +106,16 @@ class BatchLLMScheduler(Scheduler):
                 self.chunked_prefill_size or self.max_prefill_tokens,
                 self.get_num_allocatable_reqs(len(running_batch.reqs)),
             )
-        shown = {id(req) for req in chosen}
-        self._held_back = [req for req in self.waiting_queue if id(req) not in shown]
-        self.waiting_queue = list(chosen)
+        self._held_back, self.waiting_queue = self.waiting_queue, list(chosen)
+        if chosen:  # most steps choose none, and a long queue should cost them nothing
+            shown = {id(req) for req in chosen}
+            self._held_back = [req for req in self._held_back if id(req) not in shown]
         try:
             plan = super().get_new_batch_prefill(running_batch)
         finally:
-            self.waiting_queue, self._held_back = self.waiting_queue + self._held_back, None
+            if self.waiting_queue:
+                self._held_back[:0] = self.waiting_queue
+            self.waiting_queue, self._held_back = self._held_back, None
 
         batch = plan.batch_to_run
         reqs = batch.reqs if batch is not None else []
@@ -132,14 +135,19 @@ class BatchLLMScheduler(Scheduler):
     def _enter_groups(table: GroupTable, reqs: list[Req]) -> None:
         """Tell attention who shares slots. Every row is written when the request that holds it is
         prefilled, and so before it decodes; rows of finished requests need no clearing."""
-        groups = [(0, 0)] * len(reqs)
-        for i, req in enumerate(reqs):
+        rows, ids, lengths = [], [], []
+        for req in reqs:
             planned = batch_of(req)
+            group, length = 0, 0
             if planned is not None:
-                shared = req.cache_protected_len
-                groups[i] = planned.batch.attention_group(planned.member, shared)
-        rows = [req.req_pool_idx for req in reqs if req.req_pool_idx is not None]
-        table.assign(rows, *zip(*groups, strict=True))
+                group, length = planned.batch.attention_group(
+                    planned.member, req.cache_protected_len
+                )
+            if req.req_pool_idx is not None:
+                rows.append(req.req_pool_idx)
+                ids.append(group)
+                lengths.append(length)
+        table.assign(rows, ids, lengths)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         # SGLang retracts requests until the rest fits, but has to abort the last one.
