@@ -10,14 +10,14 @@ class Pool:
         self.req_to_token = torch.zeros((8, 16), dtype=torch.int32)
 
 
-def test_assign_and_clear() -> None:
+def test_rows_join_and_leave_groups() -> None:
     table = GroupTable(8, "cpu")
     table.assign([3, 5, 1], [10**9, 10**9, 7], [4, 4, 9])
     ids = table.group_id.tolist()
     assert ids[3] == ids[5] != ids[1]
     assert min(ids[3], ids[1]) > 0 and max(ids) <= 8
     assert table.prefix_len.tolist() == [0, 9, 0, 4, 0, 4, 0, 0]
-    table.clear([3, 1])
+    table.assign([3, 1], [0, 0], [0, 0])
     assert table.group_id.tolist() == [0, 0, 0, 0, 0, ids[5], 0, 0]
     assert table.prefix_len.tolist() == [0, 0, 0, 0, 0, 4, 0, 0]
 
@@ -29,9 +29,10 @@ def test_ids_are_recycled_and_rows_move() -> None:
         assert table.group_id.tolist() == [1, 0]
     table.assign([0, 1], [5, 6], [2, 0])
     assert table.prefix_len.tolist() == [2, 0]
-    table.clear([0, 1, 0])
-    table.clear([])
+    table.assign([], [], [])
+    table.assign([0], [0], [2])
     assert table.group_id.tolist() == [0, 0]
+    assert table.prefix_len.tolist() == [0, 0]
 
 
 def test_one_table_per_pool() -> None:

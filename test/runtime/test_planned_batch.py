@@ -158,7 +158,7 @@ class Simulation:
         assert not self.batch.unfinished, "the batch never finished"
         assert not +self.cache.locks
         assert self.batch.pins.pinned_tokens == 0
-        assert self.report.over
+        assert self.report.finished + self.report.aborted == self.report.requests
 
 
 prompt_lists = st.lists(

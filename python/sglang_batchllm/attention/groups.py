@@ -25,8 +25,9 @@ class GroupTable:
     0 for none.
 
     Live rows of one group have the same slots in ``req_to_token[row, :prefix_len]`` and the same
-    prefix_len; a row's sequence is longer than its prefix. Call ``assign`` and ``clear`` on the
-    stream that also writes ``req_to_token``, so that a running step sees neither half-way.
+    prefix_len; a row's sequence is longer than its prefix. Call ``assign`` on the stream that
+    also writes ``req_to_token``, so that a running step does not see it half-way, whenever a row
+    changes hands; a row that no request holds is not looked at.
     """
 
     def __init__(self, num_rows: int, device: torch.device | str) -> None:
@@ -63,13 +64,6 @@ class GroupTable:
             slots.append(self._join(row, group) if shares else 0)
             lengths.append(length if shares else 0)
         self._write(row_list, slots, lengths)
-
-    def clear(self, rows: Sequence[int] | torch.Tensor) -> None:
-        """Take finished rows (host integers) out of their groups."""
-        row_list = [row for row in _host_list(rows) if row in self._slot_of_row]
-        for row in row_list:
-            self._leave(row)
-        self._write(row_list, [0] * len(row_list), [0] * len(row_list))
 
     def _join(self, row: int, group: int) -> int:
         slot = self._slot_of_group.get(group)

@@ -70,10 +70,6 @@ class BatchReport:
         self._ran_prompt_tokens += ran
         self.computed_tokens += max(ran - req.cached_tokens, 0)
 
-    @property
-    def over(self) -> bool:
-        return self.finished + self.aborted == self.requests
-
     def to_dict(self) -> dict[str, Any]:
         """The report for `json.dumps`."""
         sizes = np.concatenate(self._group_sizes) if self._group_sizes else np.zeros(0)

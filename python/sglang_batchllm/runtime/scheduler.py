@@ -118,7 +118,10 @@ class BatchLLMScheduler(Scheduler):
             self.waiting_queue, self._held_back = self._held_back, None
 
         batch = plan.batch_to_run
-        reqs = batch.reqs if batch is not None else []
+        reqs: list[Req] = []
+        if batch is not None:  # a mixed batch also carries requests that decode
+            decoding = {id(req) for req in batch.decoding_reqs or ()}
+            reqs = [req for req in batch.reqs if id(req) not in decoding]
         self.admission.settle(chosen, {id(req) for req in reqs})
         for req in reqs:
             planned = batch_of(req)
