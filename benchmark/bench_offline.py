@@ -17,9 +17,11 @@ import json
 import multiprocessing
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from steps import read_steps, record_steps
 from traces import decode_step
 
 from cases import CASES, Case
@@ -35,28 +37,36 @@ SIDES = {
 
 
 def run_side(
-    options: dict[str, Any], cases: list[Case], side: str, profile: bool, pipe: Any
+    options: dict[str, Any], cases: list[Case], side: str, profile: bool, steps: bool, pipe: Any
 ) -> None:
     """Start an engine, run `cases`, send one result per run through `pipe`."""
-    import sglang
+    from sglang.srt.entrypoints.engine import Engine
 
-    engine = sglang.Engine(**options, **SIDES[side])
+    steps_file = Path(tempfile.mkdtemp()) / "steps"
+    if steps:
+        record_steps(Engine, steps_file)
+    engine = Engine(**options, **SIDES[side])
     vocab_size = engine.tokenizer_manager.model_config.vocab_size
     try:
         for case in cases:
-            sampling = {"temperature": 0, "max_new_tokens": case.output, "ignore_eos": True}
             warm_up = case.prompts(vocab_size, seed=1)[: max(case.requests // 8, 1)]
-            engine.generate(input_ids=warm_up, sampling_params=sampling)
+            engine.generate(input_ids=warm_up, sampling_params=_sampling(case.output))
             orders = ["shuffled", "grouped"] if side == "stock" else ["shuffled"]
             for order in orders:
-                prompts = case.prompts(vocab_size)
+                pairs = list(zip(case.prompts(vocab_size), case.outputs(), strict=True))
                 if order == "grouped":
-                    prompts.sort()
+                    pairs.sort()
+                prompts = [prompt for prompt, _ in pairs]
+                sampling = [_sampling(output) for _, output in pairs]
                 engine.flush_cache()
                 started = time.perf_counter()
                 results = engine.generate(input_ids=prompts, sampling_params=sampling)
                 seconds = time.perf_counter() - started
-                result = measure(case, order, side, prompts, results, seconds)
+                result = measure(case, order, side, pairs, results, seconds)
+                if steps:
+                    time.sleep(0.5)  # until the scheduler has flushed its file
+                    ran = (step for step in read_steps(steps_file) if step.start >= started)
+                    result["steps"] = [[round(x, 5) for x in asdict(step).values()] for step in ran]
                 if profile and order == "shuffled":
                     with tempfile.TemporaryDirectory() as folder:
                         engine.flush_cache()
@@ -75,16 +85,21 @@ def run_side(
         engine.shutdown()
 
 
+def _sampling(output: int) -> dict[str, Any]:
+    return {"temperature": 0, "max_new_tokens": output, "ignore_eos": True}
+
+
 def measure(
     case: Case,
     order: str,
     side: str,
-    prompts: list[list[int]],
+    pairs: list[tuple[list[int], int]],
     results: list[dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
     """The facts of one run; raises if an output is not as long as was asked for."""
-    assert all(r["meta_info"]["completion_tokens"] == case.output for r in results)
+    asked = [output for _, output in pairs]
+    assert [r["meta_info"]["completion_tokens"] for r in results] == asked
     groups = case.requests // case.sharing_degree
     return {
         "case": case.name,
@@ -92,7 +107,7 @@ def measure(
         "order": order,
         "seconds": seconds,
         "requests_per_second": case.requests / seconds,
-        "prompt_tokens": sum(map(len, prompts)),
+        "prompt_tokens": sum(len(prompt) for prompt, _ in pairs),
         "distinct_tokens": groups * case.prefix + case.requests * case.suffix,
         "computed_tokens": sum(
             r["meta_info"]["prompt_tokens"] - r["meta_info"]["cached_tokens"] for r in results
@@ -107,8 +122,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--profile", action="store_true", help="profile decode steps too")
+    parser.add_argument("--steps", type=Path, help="record every forward step in this file")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--load-format", default="dummy")
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="more engine arguments for every side (JSON)"
+    )
     args = parser.parse_args()
 
     options: dict[str, Any] = {
@@ -116,8 +135,11 @@ def main() -> None:
         "load_format": args.load_format,
         "skip_tokenizer_init": True,
         "disable_prefill_cuda_graph": True,
+        "log_level": "error",
+        **args.options,
     }
     results: list[dict[str, Any]] = []
+    recorded: list[dict[str, Any]] = []
     cases = [CASES[name] for name in args.cases]
     context = multiprocessing.get_context("spawn")
     for kv_tokens in dict.fromkeys(case.kv_tokens for case in cases):
@@ -131,6 +153,7 @@ def main() -> None:
                     same_pool,
                     side,
                     args.profile,
+                    args.steps is not None,
                     sender,
                 ),
             )
@@ -139,6 +162,10 @@ def main() -> None:
             try:
                 while True:
                     results.append(receiver.recv())
+                    if args.steps:
+                        recorded.append({**results[-1]})
+                        args.steps.write_text(json.dumps(recorded))
+                        del results[-1]["steps"]
                     print(json.dumps(results[-1]), flush=True)
                     if args.json:
                         args.json.write_text(json.dumps(results, indent=1))

@@ -17,7 +17,7 @@ ATTENTION_KERNELS = (
 
 
 def decode_step(folder: Path, steps: int, wait_seconds: float = 60) -> dict[str, Any]:
-    """Mean GPU milliseconds of a profiled decode step, all kernels and attention's alone.
+    """Mean GPU milliseconds of a profiled decode step: all kernels, attention's alone, none.
 
     folder: where SGLang wrote its traces, one of them for decode. Returns also the ten most
     expensive kernels by name. Raises FileNotFoundError if no decode trace appears in time.
@@ -32,9 +32,17 @@ def decode_step(folder: Path, steps: int, wait_seconds: float = 60) -> dict[str,
     with gzip.open(paths[0]) as file:
         events = json.load(file)["traceEvents"]
     kernels: Counter[str] = Counter()
+    spans = []
     for event in events:
         if event.get("cat") == "kernel":
             kernels[event["name"]] += event["dur"] / 1000 / steps
+            spans.append((event["ts"], event["ts"] + event["dur"]))
+    spans.sort()
+    idle = 0.0
+    busy_until = spans[0][0] if spans else 0.0
+    for start, end in spans:
+        idle += max(start - busy_until, 0.0)
+        busy_until = max(busy_until, end)
     attention = sum(
         ms
         for name, ms in kernels.items()
@@ -43,6 +51,7 @@ def decode_step(folder: Path, steps: int, wait_seconds: float = 60) -> dict[str,
     total = sum(kernels.values())
     return {
         "gpu_ms": total,
+        "idle_ms": idle / 1000 / steps,
         "attention_ms": attention,
         "attention_share": attention / total if total else 0.0,
         "kernels_ms": {name[:80]: ms for name, ms in kernels.most_common(14)},

@@ -1,8 +1,8 @@
 """What this package registers with or replaces in SGLang. Nothing else does.
 
 `register` runs in every SGLang process before arguments are parsed, and adds nothing but a flag
-and what the flag needs to be heard. `extend_frontend` runs once the flag is on. The classes that
-stand in here step back to SGLang's own while the flag is off.
+and what the flag needs to be heard. `extend_frontend` runs once the flag is on. What stands in
+here for SGLang's own steps back to that while the flag is off.
 """
 
 from __future__ import annotations
@@ -65,48 +65,91 @@ def extend_frontend() -> None:
     """In a process that takes requests, once the flag is on: lists travel as one batch."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from sglang_batchllm.frontend.handover import gather
     from sglang_batchllm.frontend.intake import send_as_one_batch
 
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    HookRegistry.register(f"{manager}._send_one_request", gather, HookType.AROUND)
     HookRegistry.register(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._should_use_batch_tokenization",
-        send_as_one_batch,
-        HookType.AROUND,
+        f"{manager}._should_use_batch_tokenization", send_as_one_batch, HookType.AROUND
     )
     HookRegistry.apply_hooks()
+    _extend_engine()
+
+
+def _extend_engine() -> None:
+    """Programs take an engine as they take a server: `endpoint` is where SGLang looks."""
+    engine_module = sys.modules.get("sglang.srt.entrypoints.engine")
+    if engine_module is None:
+        return
+    from sglang_batchllm.frontend.engine_backend import EngineBackend
+
+    endpoint = functools.cached_property(EngineBackend)
+    endpoint.__set_name__(engine_module.Engine, "endpoint")
+    engine_module.Engine.endpoint = endpoint
 
 
 def _extend_http_server() -> None:
-    """The report gets a URL, if the server is started with the flag."""
+    """The report and `run_batch` get URLs, if the server is started with the flag."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_batchllm.frontend.report import add_report_route
+    from sglang_batchllm.frontend.run_route import add_run_route
 
-    HookRegistry.register(
-        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
-        add_report_route,
-        HookType.BEFORE,
-    )
+    _load_plugins()
+    for add_route in (add_report_route, add_run_route):
+        HookRegistry.register(
+            "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+            add_route,
+            HookType.BEFORE,
+        )
     HookRegistry.apply_hooks()
     if "--multiprocessing-fork" in sys.orig_argv:
         extend_frontend()  # the server process of sgl.Runtime, whose arguments are finished
 
 
+def _extend_language() -> None:
+    """In every process that imports SGLang, with or without an engine: `run_batch` asks its
+    backend for the flag, and hands its batch over where it is set."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_batchllm.frontend.exchange import exchange
+    from sglang_batchllm.frontend.run_batch import run_batch
+    from sglang_batchllm.frontend.tracing import stop_tracing
+
+    for name, wrapper in {
+        "interpreter.run_program_batch": run_batch,
+        "interpreter.run_program": stop_tracing,
+        "backend.runtime_endpoint.http_request": exchange,
+    }.items():
+        HookRegistry.register(f"sglang.lang.{name}", wrapper, HookType.AROUND)
+    HookRegistry.apply_hooks()
+
+
 def load_early() -> None:
-    """Load SGLang's plugins in the two places that know our flag only after that, and do not.
+    """Have three modules of SGLang's followed by what they do not know of.
 
     ``sglang serve --help`` prints its flags without loading plugins, and ``sgl.Runtime`` builds
-    its arguments without; each imports one module just before, and loading follows that import.
+    its arguments without; each imports one module just before. A client of a server loads no
+    plugins at all.
     """
-    sys.meta_path.insert(0, _LoadPluginsAfter("sglang.cli.serve"))
-    sys.meta_path.insert(
-        0, _LoadPluginsAfter("sglang.srt.entrypoints.http_server", _extend_http_server)
-    )
+    sys.meta_path[:0] = [
+        _After("sglang.cli.serve", _load_plugins),
+        _After("sglang.srt.entrypoints.http_server", _extend_http_server),
+        _After("sglang.lang.backend.runtime_endpoint", _extend_language),
+    ]
 
 
-class _LoadPluginsAfter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds one module as usual, and loads SGLang's plugins once it has been imported."""
+def _load_plugins() -> None:
+    from sglang.srt.plugins import load_plugins
 
-    def __init__(self, module_name: str, then: Callable[[], None] = lambda: None):
+    load_plugins()
+
+
+class _After(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds one module as usual, and calls `then` once it has been imported."""
+
+    def __init__(self, module_name: str, then: Callable[[], None]):
         self._module_name = module_name
         self._then = then
 
@@ -128,7 +171,4 @@ class _LoadPluginsAfter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        from sglang.srt.plugins import load_plugins
-
-        load_plugins()
         self._then()

@@ -22,6 +22,10 @@ QUIET_SECONDS = 0.002
 
 KEPT_REPORTS = 64
 
+KEPT_RID = "batchllm-kept-"
+"""The ids of a list's requests begin like this if other requests will continue their texts: their
+KV is cached as SGLang does."""
+
 
 class Intake:
     """Every request that waits, by how it is to be scheduled.
@@ -150,11 +154,12 @@ class Intake:
         }
 
     def _plan(self, requests: list[Req], into: list[PlannedBatch]) -> None:
-        private = into is self.batches
-        if private:
+        if into is self.batches:
             report = BatchReport("batch")
+            private = not requests[0].rid.startswith(KEPT_RID)
         else:
             report = self._gathered = self._gathered or BatchReport("gathered")
+            private = False
         into.append(PlannedBatch(requests, self._store, self._page_size, report, private))
 
     def _close(self, report: BatchReport) -> None:

@@ -1,0 +1,135 @@
+"""One seam for all that a `sgl.RuntimeEndpoint` sends: SGLang's `http_request`.
+
+A trace reads there what a program would send, a hand-over answers there what was sent before, and
+an engine in this process answers there instead of a server. The backend that programs see stays
+SGLang's own class, and so do the requests that it builds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import orjson
+from sglang.srt.utils.json_response import dumps_json
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What SGLang reads of an HTTP response. content: the decoded JSON body."""
+
+    status_code: int
+    content: Any
+
+    def json(self) -> Any:
+        return self.content
+
+    @property
+    def text(self) -> str:
+        return json.dumps(self.content)
+
+    def iter_lines(self, decode_unicode: bool = False) -> Iterator[bytes]:
+        """The events of a streamed answer, whose content is an iterator of them."""
+        return self.content
+
+
+class Listener(Protocol):
+    """Stands between a program and its server for ``POST /generate``."""
+
+    def answer(self, body: dict[str, Any]) -> Reply | None:
+        """The reply to a request, or None to send it. `body`: the request as SGLang built it."""
+        ...
+
+
+class InProcessServer(Protocol):
+    """Answers requests without a network."""
+
+    def request(self, path: str, body: dict[str, Any] | None, stream: bool) -> Reply: ...
+
+    def hand_over(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """chunks: whole lines of `request_line`. Yields lines as `read_answers` takes them."""
+        ...
+
+
+_listener: ContextVar[Listener | None] = ContextVar("batchllm_listener", default=None)
+_in_process: WeakValueDictionary[str, InProcessServer] = WeakValueDictionary()
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Within it, `listener` is asked first, in the threads of SGLang's interpreter too."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def register_in_process(server: InProcessServer) -> str:
+    """The base URL under which `server` is reached as long as it exists."""
+    url = f"in-process:{id(server):x}"
+    _in_process[url] = server
+    return url
+
+
+def in_process_server(base_url: str) -> InProcessServer | None:
+    return _in_process.get(base_url)
+
+
+def exchange(
+    http_request: Callable[..., Any],
+    url: str,
+    json: dict[str, Any] | None = None,
+    stream: bool = False,
+    **options: Any,
+) -> Any:
+    """Wraps the `http_request` of SGLang's RuntimeEndpoint."""
+    listener = _listener.get()
+    if listener is not None and json is not None and not stream and url.endswith("/generate"):
+        reply = listener.answer(json)
+        if reply is not None:
+            return reply
+    base, _, path = url.partition("/")
+    server = in_process_server(base)
+    if server is not None:
+        return server.request("/" + path, json, stream)
+    return http_request(url, json=json, stream=stream, **options)
+
+
+def encode(body: dict[str, Any]) -> bytes:
+    """The request as JSON, the same for each time that a program sends it.
+
+    With a chat template SGLang adds its stop strings to a list that the program may own, and so
+    adds them again each time.
+    """
+    sampling_params = body["sampling_params"]
+    stop = sampling_params.get("stop")
+    if isinstance(stop, list):
+        sampling_params = sampling_params | {"stop": list(dict.fromkeys(stop))}
+        body = body | {"sampling_params": sampling_params}
+    return json.dumps(body).encode()
+
+
+def request_line(body: bytes, more: bool) -> bytes:
+    """One request of a hand-over. body: as `encode` gives it. more: see `tracing.Trace`."""
+    return b'{"more":%s,"request":%s}\n' % (b"true" if more else b"false", body)
+
+
+def answer_line(index: int, status: int, content: dict[str, Any]) -> bytes:
+    """The answer to the request with this index in its hand-over."""
+    return dumps_json({"index": index, "status": status, "content": content}) + b"\n"
+
+
+def read_answers(lines: Iterable[bytes]) -> Iterator[tuple[int, Reply] | None]:
+    """The answers in `lines` of `answer_line`; None for a heartbeat."""
+    for line in lines:
+        if line.strip():
+            entry = orjson.loads(line)
+            yield entry["index"], Reply(entry["status"], entry["content"])
+        else:
+            yield None

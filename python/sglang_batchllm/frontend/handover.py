@@ -1,0 +1,161 @@
+"""The server's side of a hand-over: requests that come together, and are planned together."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from array import array
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
+
+import fastapi
+import orjson
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
+
+from sglang_batchllm.frontend.exchange import answer_line
+from sglang_batchllm.runtime.intake import KEPT_RID
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+HEARTBEAT_SECONDS = 1.0
+"""An empty line is sent when nothing else was for this long, so that each side notices when the
+other is gone."""
+
+_ONCE_RID = "batchllm-once-"
+_TEXT_SLICE = 1 << 19
+"""Characters to tokenize before other work of the process gets its turn."""
+
+_START_SLICE = 256
+"""Requests to start before other work of the process gets its turn."""
+
+_gathering: dict[str, HandOver] = {}
+_frozen: WeakSet[TokenizerManager] = WeakSet()
+
+
+class HandOver:
+    """One list of requests: each is handled by SGLang like a request of its own, with its own
+    errors, but they reach the scheduler in one message, which plans them together."""
+
+    def __init__(self, manager: TokenizerManager):
+        self._manager = manager
+        self._bodies: list[dict[str, Any]] = []
+        self._untokenized: list[dict[str, Any]] = []  # of these bodies
+        self._untokenized_size = 0  # characters
+        self._more = False
+        self._prefix = ""  # of the request ids
+        self._unprepared: set[str] = set()  # ids of requests that SGLang has yet to tokenize
+        self._tokenized: list[Any] = []  # TokenizedGenerateReqInput
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unanswered = 0
+        self._answers: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def add(self, lines: Iterable[bytes]) -> None:
+        """Take requests, one of `exchange.request_line` each, and tokenize their texts.
+
+        Raises ValueError, KeyError or TypeError for lines of any other kind.
+        """
+        for line in lines:
+            entry = orjson.loads(line)
+            body: dict[str, Any] = entry["request"]
+            self._more |= bool(entry["more"])
+            self._bodies.append(body)
+            if body.get("text") and self._manager.tokenizer is not None:
+                self._untokenized.append(body)
+                self._untokenized_size += len(body["text"])
+            if self._untokenized_size >= _TEXT_SLICE:
+                await self._tokenize()
+
+    async def _tokenize(self) -> None:
+        bodies, self._untokenized = self._untokenized, []
+        self._untokenized_size = 0
+        token_ids, _ = await self._manager._tokenize_texts([body.pop("text") for body in bodies])
+        for body, ids in zip(bodies, token_ids, strict=True):
+            body["input_ids"] = array("q", cast("list[int]", ids))  # a tenth of a list's memory
+        await asyncio.sleep(0)
+
+    async def start(self) -> None:
+        """No more requests come: hand all of them to the scheduler."""
+        if self._untokenized:
+            await self._tokenize()
+        if self._manager not in _frozen:
+            # Thousands of new objects set off garbage collections, each of which would look at
+            # all that SGLang has loaded: a third of the time until the first answer.
+            _frozen.add(self._manager)
+            await self._manager.freeze_gc()
+        self._prefix = f"{KEPT_RID if self._more else _ONCE_RID}{uuid.uuid4().hex}-"
+        _gathering[self._prefix] = self
+        bodies, self._bodies = self._bodies, []
+        self._unanswered = len(bodies)
+        rids = [f"{self._prefix}{index}" for index in range(len(bodies))]
+        self._unprepared = set(rids)
+        for index, (rid, body) in enumerate(zip(rids, bodies, strict=True)):
+            task = asyncio.create_task(self._answer(index, rid, body))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            if index % _START_SLICE == 0:
+                await asyncio.sleep(0)
+
+    async def _answer(self, index: int, rid: str, body: dict[str, Any]) -> None:
+        status: int = 200
+        content: dict[str, Any] = {}
+        try:
+            async for result in self._manager.generate_request(GenerateReqInput(rid=rid, **body)):
+                assert isinstance(result, dict)
+                content = {"text": result.get("text"), "meta_info": result["meta_info"]}
+        except (ValueError, TypeError) as error:  # as SGLang's HTTP server answers them
+            status = getattr(error, "status_code", 400)
+            content = {"error": {"message": str(error)}}
+        except fastapi.HTTPException as error:
+            status = error.status_code
+            content = {"object": "error", "message": error.detail, "type": str(status)}
+        finally:
+            self._prepared(rid)
+        self._answers.put_nowait(answer_line(index, status, content))
+
+    def _prepared(self, rid: str) -> None:
+        """The request is ready for the scheduler, or never will be."""
+        self._unprepared.discard(rid)
+        if not self._unprepared and _gathering.pop(self._prefix, None) is not None:
+            tokenized, self._tokenized = self._tokenized, []
+            if tokenized:
+                self._manager._send_batch_request(tokenized)
+
+    async def answers(self) -> AsyncIterator[bytes]:
+        """Lines of `exchange.answer_line` as requests finish, several at a time, and empty ones
+        as heartbeats."""
+        while self._unanswered:
+            try:
+                lines = [await asyncio.wait_for(self._answers.get(), HEARTBEAT_SECONDS)]
+            except TimeoutError:
+                yield b"\n"
+                continue
+            while not self._answers.empty():
+                lines.append(self._answers.get_nowait())
+            self._unanswered -= len(lines)
+            yield b"".join(lines)
+
+    async def abandon(self) -> None:
+        """Nobody waits for the answers any more: abort what has not finished."""
+        if _gathering.pop(self._prefix, None) is not None:
+            for task in self._tasks:
+                task.cancel()
+        elif self._tasks:  # the scheduler's answers end them
+            self._manager._dispatch_to_scheduler(AbortReq(rid=self._prefix))
+
+
+def gather(
+    send_one: Callable[..., None],
+    manager: TokenizerManager,
+    tokenized: TokenizedGenerateReqInput,
+) -> None:
+    """Wraps TokenizerManager._send_one_request: requests of a hand-over leave together."""
+    rid = tokenized.rid or ""
+    handover = _gathering.get(rid[: rid.rfind("-") + 1])
+    if handover is None:
+        send_one(manager, tokenized)
+    else:
+        handover._tokenized.append(tokenized)
+        handover._prepared(rid)

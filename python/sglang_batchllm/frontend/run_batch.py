@@ -1,0 +1,234 @@
+"""`run_batch` that hands the runtime the whole batch before it starts."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import tqdm
+from sglang.lang import interpreter
+from sglang.lang.interpreter import ProgramState
+from sglang.lang.ir import SglFunction, SglSamplingParams
+
+from sglang_batchllm.frontend.channel import Channel, find_channel
+from sglang_batchllm.frontend.exchange import Reply, listening, request_line
+from sglang_batchllm.frontend.tracing import Replay, Trace, trace_program
+
+logger = logging.getLogger(__name__)
+
+MAX_THREADS = 512
+"""Programs in flight at most when `num_threads` is left to us. Only a program whose first answers
+are there takes a thread, so this bounds those that are in a later turn."""
+
+
+def run_batch(
+    stock: Callable[..., Any],
+    program: SglFunction,
+    backend: Any,
+    batch_arguments: Sequence[dict[str, Any]],
+    default_sampling_para: SglSamplingParams,
+    num_threads: int | str,
+    progress_bar: bool,
+    generator_style: bool = False,
+) -> list[ProgramState] | Iterator[ProgramState]:
+    """Wraps SGLang's `run_program_batch`, which it leaves alone for a backend without
+    ``--batchllm``, and where it would run one program after the other anyway."""
+    backend = getattr(backend, "endpoint", backend)
+    channel = None
+    if num_threads != 1 and len(batch_arguments) > 1:
+        channel = find_channel(backend)
+    if channel is None:
+        return stock(
+            program,
+            backend,
+            batch_arguments,
+            default_sampling_para,
+            num_threads,
+            progress_bar,
+            generator_style=generator_style,
+        )
+    if num_threads == "auto":
+        at_least = max(96, multiprocessing.cpu_count() * 16)  # SGLang's own number
+        num_threads = max(at_least, min(channel.max_running_requests, MAX_THREADS))
+    batch = _Batch(program, channel, batch_arguments, default_sampling_para, int(num_threads))
+    states = batch.run(progress_bar, stop_early=generator_style)
+    return states if generator_style else list(states)
+
+
+WHOLE = 4096
+"""Programs that are always handed over as one list."""
+
+FIRST_PART = 256
+"""Of more, the first list has this many, and each next one eight times as many as the one before:
+the server runs the first while the others are traced, sent and tokenized."""
+
+
+class _Start:
+    """A program whose first requests were handed over, until all of their answers are there."""
+
+    __slots__ = ("answers", "missing", "trace")
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self.missing = len(trace.requests)
+        self.answers: list[Reply | None] = [None] * self.missing
+        trace.requests = []  # sent, and large
+
+
+class _Batch:
+    """One call of `run_batch`.
+
+    A feeder thread traces the programs, hands their first requests over and reads the answers.
+    A program is run, by SGLang and on a thread of the pool, once all its first answers are there,
+    and so in about the order of the server's plan; one that could not be traced is run when no
+    other is ready.
+    """
+
+    def __init__(
+        self,
+        program: SglFunction,
+        channel: Channel,
+        arguments: Sequence[dict[str, Any]],
+        sampling: SglSamplingParams,
+        num_threads: int,
+    ):
+        self._program = program
+        self._channel = channel
+        self._arguments = arguments
+        self._sampling = sampling
+        self._pool = ThreadPoolExecutor(min(num_threads, len(arguments)))
+        self._handed: dict[int, _Start] = {}  # by program
+        self._sent: list[tuple[int, int]] = []  # program and place in its trace of each request
+        self._ready: deque[tuple[int, Replay]] = deque()
+        self._untraced: deque[int] = deque()
+        self._traced = 0  # programs
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._unfinished = len(arguments)
+        self._results: list[ProgramState | BaseException | None] = [None] * len(arguments)
+        self._bar: tqdm.tqdm | None = None
+
+    def run(self, progress_bar: bool, stop_early: bool) -> Iterator[ProgramState]:
+        """Yield the states in the order of the arguments, and raise what a program raised.
+
+        stop_early: yield what is there and stop at the first exception, instead of letting all
+            programs finish before.
+        """
+        self._bar = tqdm.tqdm(total=len(self._arguments)) if progress_bar else None
+        feeder = threading.Thread(target=self._feed, args=(self._parts(),), daemon=True)
+        feeder.start()
+        try:
+            for index in range(len(self._arguments)):
+                with self._changed:
+                    while self._results[index] is None or (self._unfinished and not stop_early):
+                        self._changed.wait()
+                result, self._results[index] = self._results[index], None
+                if isinstance(result, BaseException):
+                    raise result
+                assert result is not None
+                yield result
+        finally:
+            self._stopped = True
+            feeder.join()
+            self._pool.shutdown(cancel_futures=True)
+            if self._bar is not None:
+                self._bar.close()
+
+    def _parts(self) -> Iterator[range]:
+        """The programs to hand over together."""
+        number = len(self._arguments)
+        start, size = 0, FIRST_PART if number > WHOLE else number
+        while start < number:
+            yield range(start, min(start + size, number))
+            start, size = start + size, 8 * size
+
+    # In the feeder's thread
+
+    def _feed(self, parts: Iterator[range]) -> None:
+        """Hand the next of `parts` over, and the others on another thread once it is sent."""
+        part = next(parts, range(0))
+        if not part:
+            return
+        sent: list[_Start] = []  # which program's, for each request
+        others = threading.Thread(target=self._feed, args=(parts,), daemon=True)
+
+        def request_lines() -> Iterator[bytes]:
+            yield from self._request_lines(part, sent)
+            others.start()
+
+        try:
+            for answer in self._channel.hand_over(request_lines()):
+                if self._stopped:
+                    break
+                if answer is not None:
+                    self._deliver(sent, *answer)
+        except Exception as error:
+            if not self._stopped:
+                logger.warning("The rest of the batch runs as it comes: %r", error)
+        for index in part:
+            if not self._started[index]:
+                self._start(index, None)
+        if not others.ident:
+            others.start()
+        others.join()
+
+    def _request_lines(self, part: range, sent: list[tuple[_Start, int]]) -> Iterator[bytes]:
+        for index in part:
+            if self._stopped:
+                return
+            trace = trace_program(
+                self._program, self._channel.endpoint, self._arguments[index], self._sampling
+            )
+            if not trace.requests:
+                self._start(index, None)
+                continue
+            start = _Start(index, trace)
+            for place, body in enumerate(trace.requests):
+                sent.append((start, place))
+                yield request_line(body, trace.more)
+
+    def _deliver(self, sent: list[tuple[_Start, int]], request: int, reply: Reply) -> None:
+        start, place = sent[request]
+        sent[request]
+    def _start(self, index: int, replay: Replay | None) -> None:
+        if self._stopped:
+            return
+        if replay is None:
+            self._untraced.append(index)
+        else:
+            self._ready.append((index, replay))
+        self._pool.submit(self._run_next)
+
+    # In the pool's threads
+
+    def _run_next(self) -> None:
+        try:
+            index, replay = self._ready.popleft()
+        except IndexError:
+            index, replay = self._untraced.popleft(), None
+        result: ProgramState | BaseException
+        try:
+            with nullcontext() if replay is None else listening(replay):
+                result = interpreter.run_program(
+                    self._program,
+                    self._channel.endpoint,
+                    (),
+                    self._arguments[index],
+                    self._sampling,
+                    False,
+                    True,
+                )
+        except BaseException as error:
+            result = error
+        with self._changed:
+            self._results[index] = result
+            self._unfinished -= 1
+            if self._bar is not None:
+                self._bar.update()
+            self._changed.notify()
