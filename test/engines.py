@@ -11,6 +11,8 @@ from typing import Any
 
 import requests
 
+from sglang_batchllm.frontend.report import get_report
+
 API_KEY = "test-key"
 VOCAB_SIZE = 512
 CONTEXT_LENGTH = 2048
@@ -63,3 +65,16 @@ class Server:
         from sglang.srt.utils import kill_process_tree
 
         kill_process_tree(self.process.pid, wait_timeout=30)
+
+
+def wait_until_whole(source: Any, api_key: str | None = None, seconds: float = 30) -> dict:
+    """The report, once every KV slot is free again."""
+    deadline = time.monotonic() + seconds
+    while True:
+        report = get_report(source, api_key)
+        kv = report["kv_tokens"]
+        if not report["running"] and kv["free"] + kv["evictable"] == kv["total"]:
+            assert kv["pinned"] == 0
+            return report
+        assert time.monotonic() < deadline, f"KV still held: {kv}"
+        time.sleep(0.1)

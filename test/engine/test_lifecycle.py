@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engines import API_KEY, SERVER_PAGE_SIZE
+from engines import API_KEY, SERVER_PAGE_SIZE, wait_until_whole
 from prompts import distinct_tokens, mixed_batch
 from sglang_batchllm.frontend.report import get_report
 
@@ -25,19 +25,6 @@ def batch() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def undisturbed(engine, batch) -> list[list[int]]:
     return [r["output_ids"] for r in engine.generate(input_ids=batch, sampling_params=greedy(16))]
-
-
-def wait_until_whole(source: Any, api_key: str | None = None, seconds: float = 30) -> dict:
-    """The report, once every KV slot is free again."""
-    deadline = time.monotonic() + seconds
-    while True:
-        report = get_report(source, api_key)
-        kv = report["kv_tokens"]
-        if not report["running"] and kv["free"] + kv["evictable"] == kv["total"]:
-            assert kv["pinned"] == 0
-            return report
-        assert time.monotonic() < deadline, f"KV still held: {kv}"
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("kind", ["engine", "scarce_engine"])

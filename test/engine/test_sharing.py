@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from engines import API_KEY, SERVER_PAGE_SIZE
+from engines import API_KEY, SCARCE, SERVER_PAGE_SIZE
 from prompts import distinct_tokens, mixed_batch
 from sglang_batchllm.frontend.report import get_report
 
@@ -83,14 +83,18 @@ def test_every_shared_token_is_computed_once(request, kind, batch, expected):
     assert_pool_is_whole(report)
 
 
-def test_scarce_memory_is_really_scarce(scarce_engine, batch, expected):
-    """The largest prompts leave room for two or three requests, and some are retracted."""
+@pytest.mark.parametrize("hint", ["", "#out=4"])
+def test_scarce_memory_is_really_scarce(scarce_engine, batch, expected, hint):
+    """The largest prompts leave room for two or three requests. Admission foresees that; where
+    the caller promises far too little, requests are retracted, and still end well."""
     wide = [p for p in batch if len(p) > 60][:24]
     long_outputs = {**GREEDY, "max_new_tokens": 120}
     scarce_engine.flush_cache()
-    results = scarce_engine.generate(input_ids=wide, sampling_params=long_outputs)
+    rids = [f"wide-{index}{hint}" for index in range(len(wide))]
+    results = scarce_engine.generate(input_ids=wide, sampling_params=long_outputs, rid=rids)
     last = get_report(scarce_engine)["batches"][-1]
-    assert last["retractions"] > 0
+    assert (last["retractions"] > 0) == bool(hint)
+    assert SCARCE / 2 < last["peak_kv_tokens"] <= SCARCE
     assert [r["output_ids"][:OUTPUT_LEN] for r in results] == [
         expected[batch.index(p)] for p in wide
     ]

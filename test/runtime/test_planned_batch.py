@@ -3,6 +3,7 @@
 import random
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_batchllm.runtime.batch import PlannedBatch, batch_of
+from sglang_batchllm.runtime.forecast import MemoryForecast
+from sglang_batchllm.runtime.lookahead import Lookahead
 from sglang_batchllm.runtime.report import BatchReport
 
 
@@ -55,6 +58,7 @@ def make_request(tokens: list[int]) -> Any:
         origin_input_ids=array("q", tokens),
         output_ids=[],
         extra_key=None,
+        rid="",
         sampling_params=SimpleNamespace(max_new_tokens=4),
         finished_reason=None,
         already_computed=0,
@@ -84,9 +88,19 @@ class Simulation:
         self.running: list[Any] = []
         self.computed = 0
 
+    def select(
+        self,
+        max_tokens: int,
+        max_requests: int,
+        may_open: Callable[[int, bool], bool] = lambda tokens, is_first: True,
+    ) -> list[Any]:
+        running = [(request, batch_of(request).member) for request in self.running]
+        lookahead = Lookahead(self.batch, running, MemoryForecast(10**9, 0))
+        return self.batch.select(max_tokens, max_requests, lookahead, may_open)
+
     def prefill_step(self) -> None:
         leaders = [self.chunked] if self.chunked is not None else []
-        chosen = self.batch.select(self.rng.randint(1, 40), 8, lambda tokens, first: True)
+        chosen = self.select(self.rng.randint(1, 40), 8)
         scheduled = chosen[: self.rng.randint(0, len(chosen))]
         for request in chosen:
             member = batch_of(request).member
@@ -193,7 +207,7 @@ def test_gathered_prompts_stay_in_the_cache():
 def test_members_wait_for_their_leader_and_others_do_not():
     prompts = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6], [9, 9]]
     simulation = Simulation(prompts, random.Random(0))
-    chosen = simulation.batch.select(1000, 1000, lambda tokens, first: True)
+    chosen = simulation.select(1000, 1000)
     assert len(chosen) == 2
     assert sum(list(r.origin_input_ids[:3]) == [1, 2, 3] for r in chosen) == 1
     assert sum(list(r.origin_input_ids) == [9, 9] for r in chosen) == 1
@@ -208,7 +222,7 @@ def test_a_new_prefix_is_opened_only_with_leave():
         asked.append((tokens, is_first))
         return is_first
 
-    assert len(simulation.batch.select(1000, 1000, only_the_first)) == 1
+    assert len(simulation.select(1000, 1000, only_the_first)) == 1
     assert asked == [(3, True), (3, False)]
 
 
@@ -216,7 +230,7 @@ def test_pins_given_up_are_computed_again():
     """Memory so short that another request needs what is pinned."""
     prompts = [[1, 2, 3, 4], [1, 2, 3, 5], [6, 7]]
     simulation = Simulation(prompts, random.Random(0))
-    chosen = simulation.batch.select(1000, 2, lambda tokens, first: True)
+    chosen = simulation.select(1000, 2)
     for request in chosen:
         simulation.batch.settle(request, batch_of(request).member, True)
     leader = next(r for r in chosen if r.origin_input_ids[0] == 1)

@@ -1,18 +1,24 @@
-"""Which waiting requests the next prefill step may take."""
+"""Which waiting requests the next prefill step may take: admission by memory."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sglang_batchllm.runtime.batch import PlannedBatch, batch_of
+from sglang_batchllm.runtime.forecast import MemoryForecast
 from sglang_batchllm.runtime.intake import Intake
+from sglang_batchllm.runtime.lookahead import EXTRA_STEPS, Lookahead
+from sglang_batchllm.runtime.outputs import most_output
+from sglang_batchllm.runtime.pins import Member
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 
 class Admission:
-    """Chooses from an intake; SGLang's PrefillAdder then takes what fits into memory.
+    """Chooses from an intake what the KV pool can hold until it ends; see `MemoryForecast`.
 
     Lists handed over whole and requests that came one by one take turns at going first, so
     neither starves; within each, the older goes first.
@@ -24,10 +30,14 @@ class Admission:
         self._capacity = capacity
         self._lists_first = True
 
-    def choose(self, running: int, max_tokens: int, max_requests: int) -> list[Req]:
+    def choose(
+        self, running: Sequence[Req], available: int, max_tokens: int, max_requests: int
+    ) -> tuple[list[Req], bool]:
         """Claim up to `max_requests` requests with about `max_tokens` tokens to prefill.
 
-        running: requests that hold KV now. `settle` must follow for every request returned.
+        running: requests that hold KV now. available: KV tokens that are free or can be evicted.
+        Returns the requests, and whether memory kept others out. `settle` must follow for every
+        request returned.
         """
         intake = self._intake
         intake.close_gathering()
@@ -36,6 +46,8 @@ class Admission:
         lanes = (
             [*intake.batches, *waves_lane] if self._lists_first else [*waves_lane, *intake.batches]
         )
+        forecast = MemoryForecast(self._capacity, self._capacity - available)
+        lookaheads = self._look_ahead(running, lanes, forecast)
         pinned = intake.pinned_tokens
         reserve = max((batch.largest_need for batch in intake.planned), default=0)
         chosen: list[Req] = []
@@ -52,15 +64,15 @@ class Admission:
 
         for lane in lanes:
             room = max_requests - len(chosen)
-            if max_tokens <= 0 or room <= 0:
+            if max_tokens <= 0 or room <= 0 or forecast.refused:
                 break
             if isinstance(lane, PlannedBatch):
-                picked = lane.select(max_tokens, room, may_open)
+                picked = lane.select(max_tokens, room, lookaheads[id(lane)], may_open)
             else:
-                picked = _first_that_fill(lane, max_tokens, room)
+                picked = _first_that_fit(lane, max_tokens, room, forecast)
             chosen += picked
-            max_tokens -= sum(len(req.origin_input_ids) for req in picked)
-        return chosen
+            max_tokens -= sum(map(tokens_to_prefill, picked))
+        return chosen, forecast.refused
 
     def settle(self, chosen: list[Req], scheduled: set[int]) -> None:
         """Close a `choose`. scheduled: ids of the request objects that are in the next batch."""
@@ -80,12 +92,44 @@ class Admission:
             member = planned.member if planned is not None and planned.batch is batch else None
             batch.report.relaxed_tokens += batch.pins.relax(member)
 
+    def _look_ahead(
+        self,
+        running: Iterable[Req],
+        lanes: Iterable[list[Req] | PlannedBatch],
+        forecast: MemoryForecast,
+    ) -> dict[int, Lookahead]:
+        """Forecast the running requests; returns each batch's part by the id of the batch."""
+        by_batch: defaultdict[int, list[tuple[Req, Member]]] = defaultdict(list)
+        for req in running:
+            planned = batch_of(req)
+            if planned is not None:
+                by_batch[id(planned.batch)].append((req, planned.member))
+            elif not req.finished():
+                own = len(req.origin_input_ids) + len(req.output_ids)
+                forecast.add(most_output(req) + EXTRA_STEPS, own)
+        return {
+            id(lane): Lookahead(lane, by_batch[id(lane)], forecast)
+            for lane in lanes
+            if isinstance(lane, PlannedBatch)
+        }
 
-def _first_that_fill(requests: list[Req], max_tokens: int, max_requests: int) -> list[Req]:
+
+def tokens_to_prefill(req: Req) -> int:
+    """Tokens of a chosen request that have no KV yet; for one without a plan, at most."""
+    planned = batch_of(req)
+    if planned is None:
+        return len(req.origin_input_ids) + len(req.output_ids)
+    return planned.batch.tokens_to_prefill(req, planned.member)
+
+
+def _first_that_fit(
+    requests: list[Req], max_tokens: int, max_requests: int, forecast: MemoryForecast
+) -> list[Req]:
     picked: list[Req] = []
     for req in requests[:max_requests]:
-        if max_tokens <= 0:
+        tokens = tokens_to_prefill(req)
+        if max_tokens <= 0 or not forecast.admit(tokens, most_output(req) + EXTRA_STEPS):
             break
         picked.append(req)
-        max_tokens -= len(req.origin_input_ids) + len(req.output_ids)
+        max_tokens -= tokens
     return picked

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sglang_batchllm.planning import BatchPlan, plan_batch
+from sglang_batchllm.runtime.outputs import OutputLengths, hinted_output, most_output
 from sglang_batchllm.runtime.pins import ROOT, Member, PinnedTree, PrefixStore
 from sglang_batchllm.runtime.report import BatchReport
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_batchllm.runtime.lookahead import Lookahead
+
 _ATTRIBUTE = "batchllm"
 _GROUP_IDS = itertools.count(1)
-
-MAX_EXPECTED_OUTPUT = 4096
-"""Cap on the output that is set aside for a request, in tokens; SGLang's own admission caps its
-estimate at the same number by default."""
 
 
 @dataclass(slots=True)
@@ -43,6 +45,10 @@ class PlannedBatch:
         it and leave the cache with it. Otherwise they were gathered as they came, more of their
         kind may follow, and they are cached as SGLang does.
     largest_need: tokens of the largest request, prompt and expected output.
+    hints: each request's expected output by its caller, in tokens, or None.
+    lengths, group_lengths: output lengths of what has finished, in all and by group.
+    subtree_end: for each tree node, the position in the order just after its last request.
+    page_slack: tokens that a request may hold beyond its own, by whole pages.
     """
 
     def __init__(
@@ -53,8 +59,10 @@ class PlannedBatch:
         report: BatchReport,
         private: bool,
     ):
-        outputs = [  # SGLang fills in max_new_tokens on arrival
-            min(req.sampling_params.max_new_tokens or 0, MAX_EXPECTED_OUTPUT) for req in requests
+        self.hints = [hinted_output(req.rid) for req in requests]
+        outputs = [
+            most_output(req) if hint is None else min(hint, most_output(req))
+            for req, hint in zip(requests, self.hints, strict=True)
         ]
         self.plan: BatchPlan = plan_batch(
             [r.origin_input_ids for r in requests],
@@ -69,7 +77,10 @@ class PlannedBatch:
         self._group_of: list[int] = self.plan.group_of.tolist()
         self._group_prefix_lens: list[int] = self.plan.groups.prefix_len.tolist()
         self._group_ids: dict[tuple[int, int], int] = {}
+        self.lengths = OutputLengths()
+        self.group_lengths: defaultdict[int, OutputLengths] = defaultdict(OutputLengths)
         self.unfinished = len(requests)
+        self.page_slack = page_size - 1
         self.largest_need = int((self.plan.prompt_lens + outputs).max()) + page_size
 
         self._requests = list(requests)
@@ -83,7 +94,10 @@ class PlannedBatch:
         self._position = [0] * len(requests)
         for position, index in enumerate(self._order):
             self._position[index] = position
-        self._subtree_end = self._subtree_ends()
+        self._subtree_start, self.subtree_end = self._subtrees()
+        self._to_compute = np.concatenate(
+            [[0], np.cumsum(self.plan.to_compute[self.plan.order], dtype=np.int64)]
+        )
         self._waiting: list[int] = []  # positions in the order, ascending
 
     def enqueue(self, member: Member) -> None:
@@ -99,32 +113,49 @@ class PlannedBatch:
         return [self._requests[self._order[position]] for position in self._waiting]
 
     def select(
-        self, max_tokens: int, max_requests: int, may_open: Callable[[int, bool], bool]
+        self,
+        max_tokens: int,
+        max_requests: int,
+        lookahead: Lookahead,
+        may_open: Callable[[int, bool], bool],
     ) -> list[Req]:
         """Claim the next requests to prefill, in the plan's order; `settle` must follow.
 
         A request is passed over for as long as another computes a prefix that it shares.
         max_tokens: prompt tokens after which no further request is taken.
+        lookahead: whether a request finds room; selection ends where it does not.
         may_open: told the tokens of new shared prefixes that a request would pin, and whether
             it is the batch's first waiting request; selection ends where it says no.
         """
         chosen: list[Req] = []
+        waiting = self._waiting
         at = 0
-        while at < len(self._waiting) and max_tokens > 0 and len(chosen) < max_requests:
-            index = self._order[self._waiting[at]]
+        while at < len(waiting) and max_tokens > 0 and len(chosen) < max_requests:
+            index = self._order[waiting[at]]
             member, req = self._members[index], self._requests[index]
             blocker, opened = self.pins.path_state(member)
             if blocker != ROOT:
-                at = bisect_left(self._waiting, self._subtree_end[blocker], at + 1)
+                behind = range(waiting[at], self.subtree_end[blocker])
+                after = bisect_left(waiting, behind.stop, at + 1)
+                if not lookahead.set_aside(req, member, behind, after - at):
+                    break
+                at = after
                 continue
             if opened and not may_open(opened, at == 0):
                 break
+            following = waiting[at + 1] if at + 1 < len(waiting) else len(self._order)
+            if not lookahead.admit(req, member, opened, following):
+                break
             self.pins.claim(member)
-            cached = self.pins.depth[member.home] - opened
-            max_tokens -= len(req.origin_input_ids) + len(req.output_ids) - cached
+            max_tokens -= self.tokens_to_prefill(req, member)
             chosen.append(req)
             at += 1
         return chosen
+
+    def tokens_to_prefill(self, req: Req, member: Member) -> int:
+        """Tokens of a selected request that have no KV yet."""
+        node = self.pins.parent[member.claimed[0]] if member.claimed else member.home
+        return len(req.origin_input_ids) + len(req.output_ids) - self.pins.depth[node]
 
     def settle(self, req: Req, member: Member, scheduled: bool) -> None:
         """Close a `select`: the request was scheduled for prefill, or was not after all."""
@@ -139,6 +170,19 @@ class PlannedBatch:
         self.pins.settle(member, computed)
         self.report.note_pinned(self.pins.pinned_tokens)
 
+    def group_of(self, member: Member) -> int:
+        """The plan's group of the member, -1 for none."""
+        return self._group_of[member.index]
+
+    def has_waiting(self, node: int) -> bool:
+        """Whether a request at or below the tree node waits."""
+        at = bisect_left(self._waiting, self._subtree_start[node])
+        return at < len(self._waiting) and self._waiting[at] < self.subtree_end[node]
+
+    def tokens_to_compute(self, positions: range) -> int:
+        """Distinct prompt tokens that the requests at these positions of the order add."""
+        return int(self._to_compute[positions.stop] - self._to_compute[positions.start])
+
     def attention_group(self, member: Member, shared: int) -> tuple[int, int]:
         """An id for the member's group among all running ones, and the group's prefix tokens;
         (0, 0) for none.
@@ -147,7 +191,7 @@ class PlannedBatch:
         can be less than the group's prefix, as for a request that computed its prompt's last
         token itself although others share it.
         """
-        group = self._group_of[member.index]
+        group = self.group_of(member)
         if group < 0 or shared < self._group_prefix_lens[group]:
             return 0, 0
         # A prefix that was given up and computed again has new slots, so its group is another.
@@ -174,17 +218,25 @@ class PlannedBatch:
             del self._waiting[at]
         self.pins.finish(member)
         self.unfinished -= 1
+        if req.output_ids:
+            for lengths in (self.lengths, self.group_lengths[self.group_of(member)]):
+                lengths.finished += 1
+                lengths.tokens += len(req.output_ids)
         delattr(req, _ATTRIBUTE)
         self._requests[member.index] = None  # type: ignore[call-overload]
         self.report.add_finished(req)
 
-    def _subtree_ends(self) -> list[int]:
-        """For each tree node, the position in the order just after its last request."""
+    def _subtrees(self) -> tuple[list[int], list[int]]:
+        """For each tree node, the positions in the order of its first request and just after its
+        last."""
         tree = self.plan.tree
+        starts = [len(self._order)] * tree.num_nodes
         ends = [0] * tree.num_nodes
         for index, node in enumerate(tree.request_node.tolist()):
+            starts[node] = min(starts[node], self._position[index])
             ends[node] = max(ends[node], self._position[index] + 1)
         for node in range(tree.num_nodes - 1, 0, -1):
             up = self.pins.parent[node]
+            starts[up] = min(starts[up], starts[node])
             ends[up] = max(ends[up], ends[node])
-        return ends
+        return starts, ends

@@ -143,6 +143,11 @@ class Intake:
     def pinned_tokens(self) -> int:
         return sum(batch.pins.pinned_tokens for batch in self.planned)
 
+    def note_kv_use(self, tokens: int) -> None:
+        """`tokens` of the KV pool are in use and can not be evicted."""
+        for batch in self.planned:
+            batch.report.peak_kv_tokens = max(batch.report.peak_kv_tokens, tokens)
+
     def to_dict(self) -> dict[str, Any]:
         """The reports of the last batches, newest last, and of those that run."""
         running = [batch.report for batch in self.batches]

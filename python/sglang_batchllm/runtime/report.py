@@ -23,7 +23,8 @@ class BatchReport:
     prompt_tokens: tokens of all prompts. distinct_tokens: of these, the tokens that must be
     computed when none is computed twice, by the plan; with gathered requests summed over their
     plans, so what one leaves in the cache for the next counts again. computed_tokens: those that
-    were, over the requests that ran. peak_pinned_tokens: KV tokens held by pins. retractions:
+    were, over the requests that ran. peak_pinned_tokens: KV tokens held by pins. peak_kv_tokens:
+    KV tokens in use that nothing could evict, other requests' included. retractions:
     times that a running request gave its KV back for lack of memory. relaxed_tokens: pinned
     tokens that were given up so that a request could run at all.
     """
@@ -36,6 +37,7 @@ class BatchReport:
     distinct_tokens: int = 0
     computed_tokens: int = 0
     peak_pinned_tokens: int = 0
+    peak_kv_tokens: int = 0
     retractions: int = 0
     relaxed_tokens: int = 0
     planning_seconds: float = 0.0

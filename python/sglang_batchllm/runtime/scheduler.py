@@ -10,9 +10,10 @@ from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.utils import broadcast_pyobj
 
+from sglang_batchllm import plugin
 from sglang_batchllm.args import ATTENTION_BACKEND, BatchLLMServerArgs
 from sglang_batchllm.attention import GroupTable, get_group_table
-from sglang_batchllm.runtime.admission import Admission
+from sglang_batchllm.runtime.admission import Admission, tokens_to_prefill
 from sglang_batchllm.runtime.batch import batch_of
 from sglang_batchllm.runtime.cache import PinnedGroupCache
 from sglang_batchllm.runtime.intake import Intake
@@ -49,8 +50,10 @@ class BatchLLMScheduler(Scheduler):
         self.intake = Intake(self._cache, self._cache.page_size, gather_seconds, self._agree)
         self.admission = Admission(self.intake, self.max_total_num_tokens)
         self._group_table: GroupTable | None = None
+        self._asked_to_mix = self.is_mixed_chunk
         if self.server_args.decode_attention_backend == ATTENTION_BACKEND:
             self._group_table = get_group_table(self.req_to_token_pool)
+        plugin.extend_runtime()
         self._held_back: list[Req] | None = None
         self._receiving_list = False
 
@@ -99,13 +102,22 @@ class BatchLLMScheduler(Scheduler):
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         self.intake.retire()
+        free = (
+            self._cache.evictable_size() + self._cache.token_to_kv_pool_allocator.available_size()
+        )
+        self.intake.note_kv_use(self.max_total_num_tokens - free)
         chosen: list[Req] = []
         if self.waiting_queue and not running_batch.batch_is_full:
-            chosen = self.admission.choose(
-                len(running_batch.reqs),
-                self.chunked_prefill_size or self.max_prefill_tokens,
+            holding = running_batch.reqs + ([self.chunked_req] if self.chunked_req else [])
+            chosen, refused = self.admission.choose(
+                holding,
+                free,
+                (self.chunked_prefill_size or self.max_prefill_tokens) - self._chunk_left(),
                 self.get_num_allocatable_reqs(len(running_batch.reqs)),
             )
+            if refused and not chosen:  # SGLang asks again once a request has ended
+                running_batch.batch_is_full = bool(holding)
+        self.is_mixed_chunk = self._mixes(running_batch, chosen, free)
         self._held_back, self.waiting_queue = self.waiting_queue, list(chosen)
         if chosen:  # most steps choose none, and a long queue should cost them nothing
             shown = {id(req) for req in chosen}
@@ -133,6 +145,26 @@ class BatchLLMScheduler(Scheduler):
             self.admission.give_up_pins(chosen[0])
             plan.running_batch.batch_is_full = False
         return plan
+
+    def _chunk_left(self) -> int:
+        """Tokens still to compute of the prompt that is prefilled in chunks."""
+        req = self.chunked_req
+        return 0 if req is None else len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
+
+    def _mixes(self, running_batch: ScheduleBatch, chosen: list[Req], free: int) -> bool:
+        """Whether the running requests decode along in a step that prefills.
+
+        Then the weights are read once for both. It pays wherever decode shares its prefixes in
+        such a step too. SGLang retracts only in steps without prefill, so memory must suffice.
+        """
+        if not (self._asked_to_mix or (self._group_table and self.chunked_prefill_size)):
+            return False
+        tokens = self._chunk_left() + sum(map(tokens_to_prefill, chosen))
+        if not tokens or running_batch.is_empty():
+            return False
+        slack = self._cache.page_size * (len(chosen) + 1)
+        needed = min(tokens, self.chunked_prefill_size or tokens) + slack
+        return free >= needed + running_batch.new_tokens_required_next_decode()
 
     @staticmethod
     def _enter_groups(table: GroupTable, reqs: list[Req]) -> None:

@@ -1,0 +1,113 @@
+"""A planned batch's part in the memory forecast of one scheduling step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sglang_batchllm.runtime.forecast import MemoryForecast
+from sglang_batchllm.runtime.outputs import most_output
+from sglang_batchllm.runtime.pins import ROOT, Member
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from sglang_batchllm.runtime.batch import PlannedBatch
+
+EXTRA_STEPS = 1
+"""With overlap scheduling a request takes one more slot before it is known to have ended."""
+
+
+class Lookahead:
+    """Counts a batch's running requests, and then asks for room for waiting ones in plan order.
+
+    A shared prefix is charged once. It is let go with the last request that passes it, so it
+    counts as freed then as soon as none of those waits outside the forecast any more.
+    """
+
+    def __init__(
+        self,
+        batch: PlannedBatch,
+        running: Sequence[tuple[Req, Member]],
+        forecast: MemoryForecast,
+    ):
+        self._batch = batch
+        self._forecast = forecast
+        self._last_use: dict[int, float] = {}  # shared node: steps until its last known use
+        self._decoded = Counter[int]()
+        for req, member in running:
+            self._decoded[batch.group_of(member)] += len(req.output_ids)
+        self._all_decoded = self._decoded.total()
+        for req, member in running:
+            steps = self.expected_steps(req, member)
+            own = len(req.origin_input_ids) + len(req.output_ids) - batch.pins.depth[member.home]
+            forecast.add(steps, own)
+            self._use(member, steps)
+        for node in list(self._last_use):
+            if not batch.has_waiting(node):
+                self._let_go(node)
+
+    def expected_steps(self, req: Req, member: Member) -> float:
+        """Decode steps for which the request is expected to hold its KV from now on."""
+        batch = self._batch
+        most = most_output(req)
+        hint = batch.hints[member.index]
+        if hint is not None and hint > len(req.output_ids):
+            expected: float | None = hint - len(req.output_ids)
+        else:
+            group = batch.group_of(member)
+            expected = batch.group_lengths[group].remaining(self._decoded[group])
+            if expected is None:
+                expected = batch.lengths.remaining(self._all_decoded)
+        return min(most if expected is None else expected, most) + EXTRA_STEPS
+
+    def admit(self, req: Req, member: Member, opened: int, next_position: int) -> bool:
+        """Whether there is room for a waiting request.
+
+        opened: tokens of new shared prefixes that it computes. next_position: where in the plan
+        the next waiting request stands.
+        """
+        steps = self.expected_steps(req, member)
+        own = len(req.origin_input_ids) + len(req.output_ids) - self._batch.pins.depth[member.home]
+        if not self._forecast.admit(own + self._batch.page_slack, steps, prefix=opened):
+            return False
+        self._use(member, steps)
+        self._pass(member, next_position)
+        return True
+
+    def set_aside(self, req: Req, member: Member, positions: range, waiting: int) -> bool:
+        """Whether there is room for all requests that wait for one prefix to be computed.
+
+        They follow in the next steps, and whoever is admitted after them must leave them room.
+        req, member: the first of them. positions: where they stand in the plan, `waiting` of
+        them still waiting.
+        """
+        batch = self._batch
+        tokens = batch.tokens_to_compute(positions) * waiting // len(positions)
+        steps = self.expected_steps(req, member)
+        if not self._forecast.admit(tokens + waiting * batch.page_slack, steps, count=waiting):
+            return False
+        self._use(member, steps)
+        self._pass(member, positions.stop)
+        return True
+
+    def _use(self, member: Member, steps: float) -> None:
+        parent = self._batch.pins.parent
+        node = member.home
+        while node != ROOT and self._last_use.get(node, -1.0) < steps:
+            self._last_use[node] = steps
+            node = parent[node]
+
+    def _pass(self, member: Member, next_position: int) -> None:
+        """All that waits before `next_position` is in the forecast."""
+        node = member.home
+        while node != ROOT and self._batch.subtree_end[node] <= next_position:
+            self._let_go(node)
+            node = self._batch.pins.parent[node]
+
+    def _let_go(self, node: int) -> None:
+        pins = self._batch.pins
+        self._forecast.add(
+            self._last_use.pop(node), pins.depth[node] - pins.depth[pins.parent[node]], count=0
+        )

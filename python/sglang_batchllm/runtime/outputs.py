@@ -1,0 +1,54 @@
+"""How many tokens a request is expected to decode."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+MAX_EXPECTED_OUTPUT = 4096
+"""Cap on the output that is set aside for a request, in tokens; SGLang's own admission caps its
+estimate at the same number by default."""
+
+ENOUGH_FINISHED = 8
+"""Finished requests from which a length is estimated."""
+
+_HINT = re.compile(r"#out=(\d+)$")
+
+
+def hinted_output(rid: str) -> int | None:
+    """The caller's hint: a request id that ends in ``#out=120`` announces about 120 tokens."""
+    found = _HINT.search(rid)
+    return int(found[1]) if found else None
+
+
+def most_output(req: Req) -> int:
+    """Tokens that the request may still decode, capped; SGLang fills in max_new_tokens."""
+    left = (req.sampling_params.max_new_tokens or 0) - len(req.output_ids)
+    return max(min(left, MAX_EXPECTED_OUTPUT), 0)
+
+
+@dataclass(slots=True)
+class OutputLengths:
+    """What a set of requests shows about its output lengths.
+
+    Requests that still run count too, by what they have decoded so far: early on only the short
+    ones have finished, and their mean alone would promise too much. The estimate is the maximum
+    likelihood mean of a geometric length with censored observations, tokens seen per request
+    finished. Being memoryless it is also what any of them is expected to decode from now on.
+    """
+
+    finished: int = 0
+    tokens: int = 0
+
+    def remaining(self, running_tokens: int) -> float | None:
+        """Tokens still to come of any request, or None while too little is known.
+
+        running_tokens: decoded so far by requests of the set that run.
+        """
+        if self.finished < ENOUGH_FINISHED:
+            return None
+        return (self.tokens + running_tokens) / self.finished
