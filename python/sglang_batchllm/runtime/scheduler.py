@@ -154,14 +154,11 @@ class BatchLLMScheduler(Scheduler):
     def _mixes(self, running_batch: ScheduleBatch, chosen: list[Req], free: int) -> bool:
         """Whether the running requests decode along in a step that prefills.
 
-        Then the weights are read once for both. It pays wherever decode shares its prefixes in
-        such a step too. SGLang retracts only in steps without prefill, so memory must suffice.
+        SGLang retracts only in steps without prefill, so memory must suffice for both parts.
         """
-        if not (self._asked_to_mix or (self._group_table and self.chunked_prefill_size)):
+        if not self._asked_to_mix or running_batch.is_empty():
             return False
         tokens = self._chunk_left() + sum(map(tokens_to_prefill, chosen))
-        if not tokens or running_batch.is_empty():
-            return False
         slack = self._cache.page_size * (len(chosen) + 1)
         needed = min(tokens, self.chunked_prefill_size or tokens) + slack
         return free >= needed + running_batch.new_tokens_required_next_decode()

@@ -1,0 +1,95 @@
+"""Admission by memory: the forecast against a step-by-step count, and what lengths are expected."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_batchllm.runtime.forecast import MemoryForecast
+from sglang_batchllm.runtime.outputs import OutputLengths, hinted_output, most_output
+
+running_requests = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 50)), max_size=12)
+
+
+def peak_step_by_step(used: int, requests: list[tuple[int, int]]) -> int:
+    """The most KV in use if each of the (steps, held) requests takes a token per step."""
+    left = {index: steps for index, (steps, _) in enumerate(requests)}
+    peak = used
+    grown = dict.fromkeys(left, 0)
+    while left:
+        for index in left:
+            grown[index] += 1
+            left[index] -= 1
+        use = used + sum(grown.values())
+        peak = max(peak, use)
+        for index in [index for index, steps in left.items() if steps == 0]:
+            del left[index]
+            used -= requests[index][1]
+            del grown[index]
+    return peak
+
+
+@given(running_requests, st.tuples(st.integers(1, 30), st.integers(1, 50)), st.integers(1, 900))
+def test_a_request_is_admitted_if_and_only_if_the_peak_fits(running, new, capacity):
+    used = sum(held for _, held in running)
+    forecast = MemoryForecast(capacity, used)
+    for steps, held in running:
+        forecast.add(steps, held)
+    steps, tokens = new
+    peak = peak_step_by_step(used + tokens, [*running, (steps, tokens)])
+    assert forecast.admit(tokens, steps) == (not running or peak <= capacity)
+    assert forecast.refused == (bool(running) and peak > capacity)
+
+
+def test_requests_that_end_make_room_for_those_that_grow():
+    forecast = MemoryForecast(100, 60)
+    forecast.add(steps=5, freed=50)
+    forecast.add(steps=30, freed=10)
+    assert forecast.admit(20, 30)  # 80 now, 95 in 5 steps, and 90 at the end of the others
+    assert not forecast.admit(20, 30)
+    assert not forecast.admit(1, 1), "after a refusal smaller ones have to wait too"
+
+
+def test_a_prefix_is_charged_once_and_let_go_with_its_last_use():
+    forecast = MemoryForecast(1000, 0)
+    assert forecast.admit(10, 100, prefix=700)
+    assert not forecast.admit(10, 100, prefix=700)
+    forecast = MemoryForecast(1000, 710)
+    forecast.add(200, 10)
+    forecast.add(200, 700, count=0)
+    assert not forecast.admit(10, 300)
+    forecast = MemoryForecast(1000, 710)
+    forecast.add(20, 10)
+    forecast.add(20, 700, count=0)
+    assert forecast.admit(10, 300), "the prefix is gone before this one is long"
+
+
+def test_many_at_once_are_as_many_one_by_one():
+    one_by_one, at_once = MemoryForecast(200, 10), MemoryForecast(200, 10)
+    for forecast in (one_by_one, at_once):
+        forecast.add(7, 10)
+    assert all(one_by_one.admit(5, 12) for _ in range(10))
+    assert at_once.admit(50, 12, count=10)
+    assert one_by_one.admit(5, 12) == at_once.admit(5, 12)
+
+
+def make_request(decoded: int, max_new_tokens: int) -> Any:
+    sampling = SimpleNamespace(max_new_tokens=max_new_tokens)
+    return SimpleNamespace(output_ids=[0] * decoded, sampling_params=sampling)
+
+
+def test_expected_output():
+    assert hinted_output("doc-7#out=120") == 120
+    assert hinted_output("doc-7#out=120b") is None
+    assert most_output(make_request(30, 100)) == 70
+    assert most_output(make_request(30, 20)) == 0
+    assert most_output(make_request(0, 10**9)) == 4096
+
+
+def test_running_requests_keep_the_estimate_from_promising_too_much():
+    lengths = OutputLengths(finished=7, tokens=70)
+    assert lengths.remaining(0) is None, "too little is known"
+    lengths = OutputLengths(finished=10, tokens=100)
+    assert lengths.remaining(0) == 10
+    assert lengths.remaining(400) == 50  # ten short ones ended, others have gone far beyond them
