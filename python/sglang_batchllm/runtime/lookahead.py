@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -38,29 +39,33 @@ class Lookahead:
         self._decoded = Counter[int]()
         for req, member in running:
             self._decoded[batch.group_of(member)] += len(req.output_ids)
-        self._all_decoded = self._decoded.total()
+        self._shown: dict[int, float] = {}  # group: what its finished requests let expect
+        depth = batch.pins.depth
         for req, member in running:
-            steps = self.expected_steps(req, member)
-            own = len(req.origin_input_ids) + len(req.output_ids) - batch.pins.depth[member.home]
-            forecast.add(steps, own)
+            steps = self._expected_steps(req, member)
+            forecast.add(
+                steps, len(req.origin_input_ids) + len(req.output_ids) - depth[member.home]
+            )
             self._use(member, steps)
         for node in list(self._last_use):
             if not batch.has_waiting(node):
                 self._let_go(node)
 
-    def expected_steps(self, req: Req, member: Member) -> float:
+    def _expected_steps(self, req: Req, member: Member) -> float:
         """Decode steps for which the request is expected to hold its KV from now on."""
         batch = self._batch
         most = most_output(req)
         hint = batch.hints[member.index]
         if hint is not None and hint > len(req.output_ids):
-            expected: float | None = hint - len(req.output_ids)
-        else:
-            group = batch.group_of(member)
-            expected = batch.group_lengths[group].remaining(self._decoded[group])
-            if expected is None:
-                expected = batch.lengths.remaining(self._all_decoded)
-        return min(most if expected is None else expected, most) + EXTRA_STEPS
+            return min(hint - len(req.output_ids), most) + EXTRA_STEPS
+        group = batch.group_of(member)
+        shown = self._shown.get(group)
+        if shown is None:
+            shown = batch.group_lengths[group].remaining(self._decoded[group])
+            if shown is None:
+                shown = batch.lengths.remaining(self._decoded.total())
+            self._shown[group] = shown = math.inf if shown is None else shown
+        return min(shown, most) + EXTRA_STEPS
 
     def admit(self, req: Req, member: Member, opened: int, next_position: int) -> bool:
         """Whether there is room for a waiting request.
@@ -68,7 +73,7 @@ class Lookahead:
         opened: tokens of new shared prefixes that it computes. next_position: where in the plan
         the next waiting request stands.
         """
-        steps = self.expected_steps(req, member)
+        steps = self._expected_steps(req, member)
         own = len(req.origin_input_ids) + len(req.output_ids) - self._batch.pins.depth[member.home]
         if not self._forecast.admit(own + self._batch.page_slack, steps, prefix=opened):
             return False
@@ -85,7 +90,7 @@ class Lookahead:
         """
         batch = self._batch
         tokens = batch.tokens_to_compute(positions) * waiting // len(positions)
-        steps = self.expected_steps(req, member)
+        steps = self._expected_steps(req, member)
         if not self._forecast.admit(tokens + waiting * batch.page_slack, steps, count=waiting):
             return False
         self._use(member, steps)
