@@ -1,7 +1,8 @@
 """Time decode attention, one layer of Llama-3.1-8B's shape, of this package and of its rivals.
 
     python benchmark/bench_attention.py --out benchmark/results     on a GPU host
-    python benchmark/bench_attention.py --draw benchmark/results    the figure alone, from the JSON
+
+`draw.py` makes the figure.
 
 Every time is that of a step of 32 layers in one CUDA graph, over 32. Layers go round several KV
 caches, each many times the L2, and slots are random, so that nothing is served from a cache that a
@@ -474,33 +475,6 @@ def print_shapes(table: dict[str, dict[str, Any]]) -> None:
                 print(f"    WRONG: {n} has relative error {error:.2e}")
 
 
-def draw(folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    data = json.loads((folder / "attention.json").read_text())
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
-    styles = {"ours": "o-", "fa3": "s-", "floor": "k--"}
-    for axis, (name, rows) in zip(axes, data["sweeps"].items(), strict=True):
-        for series, style in styles.items():
-            points = [(row["x"], row[series]) for row in rows if series in row]
-            axis.plot([x for x, _ in points], [y for _, y in points], style, label=series, ms=4)
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_yscale("log")
-        axis.set_xlabel(name)
-        axis.set_ylabel("ms per layer")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    axes[0].set_title("512 requests, prefix 2000, suffix 250")
-    axes[1].set_title("16 groups of 16, suffix 250")
-    axes[2].set_title("32 groups of 16, prefix 2000")
-    figure.suptitle(f"Decode attention, 32/8 heads of 128, bf16, {data['device']}")
-    figure.tight_layout()
-    figure.savefig(folder / "attention.png", dpi=120)
-
-
 def measure_contender(name: str, shapes_only: bool) -> dict[str, object]:
     """All measurements of one contender, in this process."""
     batches = {shape: uniform(*sizes) for shape, sizes in SHAPES.items()}
@@ -547,13 +521,9 @@ def merge(into: Any, other: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("benchmark/results"))
-    parser.add_argument("--draw", type=Path, help="only draw the figure of an earlier run")
     parser.add_argument("--shapes-only", action="store_true", help="leave the sweeps out")
     parser.add_argument("--contender", choices=list(CONTENDERS), help="one, its JSON to stdout")
     options = parser.parse_args()
-    if options.draw:
-        draw(options.draw)
-        return
     torch.manual_seed(0)
     if options.contender:
         print(json.dumps(measure_contender(options.contender, options.shapes_only)))
@@ -570,8 +540,6 @@ def main() -> None:
             print(sweep, {k: round(row[k], 4) for k in ("x", *SWEPT, "floor") if k in row})
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "attention.json").write_text(json.dumps(result, indent=1) + "\n")
-    if not options.shapes_only:
-        draw(options.out)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,15 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from batches import CASES, Batch
+from roofline import ModelShape, floor
 from steps import read_steps, record_steps
 from traces import decode_step
-
-from cases import CASES, Case
 
 PROFILED_STEPS = 4
 
@@ -37,7 +38,12 @@ SIDES = {
 
 
 def run_side(
-    options: dict[str, Any], cases: list[Case], side: str, profile: bool, steps: bool, pipe: Any
+    options: dict[str, Any],
+    cases: Sequence[Batch],
+    side: str,
+    profile: bool,
+    steps: bool,
+    pipe: Any,
 ) -> None:
     """Start an engine, run `cases`, send one result per run through `pipe`."""
     from sglang.srt.entrypoints.engine import Engine
@@ -90,7 +96,7 @@ def _sampling(output: int) -> dict[str, Any]:
 
 
 def measure(
-    case: Case,
+    case: Batch,
     order: str,
     side: str,
     pairs: list[tuple[list[int], int]],
@@ -100,7 +106,6 @@ def measure(
     """The facts of one run; raises if an output is not as long as was asked for."""
     asked = [output for _, output in pairs]
     assert [r["meta_info"]["completion_tokens"] for r in results] == asked
-    groups = case.requests // case.sharing_degree
     return {
         "case": case.name,
         "side": side,
@@ -108,7 +113,7 @@ def measure(
         "seconds": seconds,
         "requests_per_second": case.requests / seconds,
         "prompt_tokens": sum(len(prompt) for prompt, _ in pairs),
-        "distinct_tokens": groups * case.prefix + case.requests * case.suffix,
+        "distinct_tokens": case.distinct_tokens,
         "computed_tokens": sum(
             r["meta_info"]["prompt_tokens"] - r["meta_info"]["cached_tokens"] for r in results
         ),
@@ -116,20 +121,11 @@ def measure(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--profile", action="store_true", help="profile decode steps too")
-    parser.add_argument("--steps", type=Path, help="record every forward step in this file")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--load-format", default="dummy")
-    parser.add_argument(
-        "--options", type=json.loads, default={}, help="more engine arguments for every side (JSON)"
-    )
-    args = parser.parse_args()
+def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, Any]]:
+    """Run every case on every side; write and print each result as it comes.
 
+    args: as from `argument_parser`.
+    """
     options: dict[str, Any] = {
         "model_path": args.model,
         "load_format": args.load_format,
@@ -138,9 +134,10 @@ def main() -> None:
         "log_level": "error",
         **args.options,
     }
+    shape = ModelShape.of(json.loads((Path(args.model) / "config.json").read_text()))
+    floors = {case.name: case.requests / floor(case, shape).seconds for case in cases}
     results: list[dict[str, Any]] = []
     recorded: list[dict[str, Any]] = []
-    cases = [CASES[name] for name in args.cases]
     context = multiprocessing.get_context("spawn")
     for kv_tokens in dict.fromkeys(case.kv_tokens for case in cases):
         same_pool = [case for case in cases if case.kv_tokens == kv_tokens]
@@ -166,18 +163,42 @@ def main() -> None:
                         recorded.append({**results[-1]})
                         args.steps.write_text(json.dumps(recorded))
                         del results[-1]["steps"]
+                    results[-1]["floor_requests_per_second"] = floors[results[-1]["case"]]
                     print(json.dumps(results[-1]), flush=True)
                     if args.json:
                         args.json.write_text(json.dumps(results, indent=1))
             except EOFError:
                 process.join()
-    print_table(results)
+    return results
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--profile", action="store_true", help="profile decode steps too")
+    parser.add_argument("--steps", type=Path, help="record every forward step in this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--load-format", default="dummy")
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="more engine arguments for every side (JSON)"
+    )
+    return parser
+
+
+def main() -> None:
+    parser = argument_parser((__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    args = parser.parse_args()
+    print_table(run_all(args, [CASES[name] for name in args.cases]))
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """Requests per second of each side, and the ratio to stock's better order."""
+    """Requests per second of each side, the ratio to stock's better order, the floor and the
+    share of it that the first side reaches, and prompt tokens computed per distinct one."""
     sides = list(dict.fromkeys(r["side"] for r in results))
-    print("".join(f"{word:>12}" for word in ["case", *sides, "ratio", "computed"]))
+    columns = ["case", *sides, "ratio", "floor", "reached", "computed"]
+    print("".join(f"{word:>12}" for word in columns))
     for name in dict.fromkeys(r["case"] for r in results):
         best: dict[str, dict[str, Any]] = {}
         for run in results:
@@ -190,7 +211,10 @@ def print_table(results: list[dict[str, Any]]) -> None:
         if "stock" in best:
             ratio = f"{first['requests_per_second'] / best['stock']['requests_per_second']:.2f}"
         computed = f"{first['computed_tokens'] / first['distinct_tokens']:.4f}"
-        print("".join(f"{word:>12}" for word in [name, *row, ratio, computed]))
+        fastest = first["floor_requests_per_second"]
+        reached = f"{first['requests_per_second'] / fastest:.2f}"
+        cells = [name, *row, ratio, f"{fastest:.1f}", reached, computed]
+        print("".join(f"{word:>12}" for word in cells))
 
 
 if __name__ == "__main__":

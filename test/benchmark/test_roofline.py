@@ -1,0 +1,48 @@
+"""The floor against the numbers of the design notes, and against sums done by hand."""
+
+import pytest
+
+from batches import CASES, Case
+from roofline import LLAMA_8B, Chip, ModelShape, floor
+
+DESIGN_FLOORS = {"M1": 109, "M2": 50, "M3": 59, "M4": 35, "M5": 56}
+"""Requests per second."""
+
+
+@pytest.mark.parametrize("name", DESIGN_FLOORS)
+def test_the_floor_is_that_of_the_design_notes(name):
+    case = CASES[name]
+    assert case.requests / floor(case).seconds == pytest.approx(DESIGN_FLOORS[name], rel=0.03)
+
+
+def test_memory_binds_no_tighter_than_the_batch():
+    ample, scarce = floor(CASES["M1"]), floor(CASES["M6"])
+    assert scarce.rows < ample.rows == CASES["M1"].requests
+    assert scarce.steps > ample.steps
+    assert scarce.prefill == pytest.approx(ample.prefill)
+    assert ample.seconds < scarce.seconds
+
+
+def test_a_single_request_by_hand():
+    shape = ModelShape(1, 4, 8, 2, 1, 2, 10)
+    assert shape.layer_weights == 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 8
+    assert shape.kv_bytes == 2 * 1 * 2 * 2
+    case = Case("one", requests=1, sharing_degree=1, prefix=0, suffix=6, output=3)
+    least = floor(case, shape, Chip(flops=1.0, bytes_per_second=1.0))
+    assert least.prefill == 2 * (6 * shape.layer_weights + 40)
+    assert least.attention == 6 * 6 / 2 * shape.pair_flops
+    assert (least.steps, least.rows) == (2, 1)
+    assert least.decode == 2 * 2 * (shape.layer_weights + 40)
+    assert least.kv == ((6 + 1) + (6 + 2)) * shape.kv_bytes
+
+
+def test_the_shape_is_read_from_a_config():
+    config = {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+    assert ModelShape.of(config) == LLAMA_8B

@@ -1,0 +1,122 @@
+"""The simulator: nothing is computed twice, memory holds, all finish; and its cost model."""
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from cost_model import CostModel, Work, fit
+from engine_model import EngineModel, Policy
+from steps import Step
+
+POLICIES = [Policy(chunk, mixed) for chunk in (64, 256) for mixed in (False, True)]
+MODEL = CostModel(2.5, 0.022, 128, 1.1e-6, 3.3e-5, 1e-6, 14.0, 1.0, 1e-4)
+
+
+def make_batch(seed: int) -> tuple[list[list[int]], list[int]]:
+    """Two levels of shared prefixes, some prompts equal, outputs of any length up to 40."""
+    rng = random.Random(seed)
+    prompts = []
+    for _ in range(rng.randint(2, 6)):
+        top = [rng.randrange(1000) for _ in range(rng.randint(0, 120))]
+        for _ in range(rng.randint(1, 4)):
+            middle = top + [rng.randrange(1000) for _ in range(rng.randint(1, 60))]
+            for _ in range(rng.randint(1, 5)):
+                suffix = [rng.randrange(1000) for _ in range(rng.randint(0, 30))]
+                prompts.append(middle + suffix)
+    return prompts, [rng.randint(1, 40) for _ in prompts]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_everything_finishes_within_memory(policy, seed):
+    prompts, outputs = make_batch(seed)
+    for capacity in (400, 1000, 100_000):
+        engine = EngineModel(prompts, outputs, capacity, policy)
+        works = engine.run()
+        assert all(request.finished() for request in engine.requests)
+        assert [len(request.output_ids) for request in engine.requests] == outputs
+        assert max(work.kv_used for work in works) <= capacity
+        assert max(work.prefill_tokens for work in works) <= policy.chunk
+        assert (engine.pool.used, engine.pool.available) == (0, capacity)
+        report = engine.batch.report
+        computed = sum(work.prefill_tokens for work in works)
+        if report.retractions or report.relaxed_tokens:
+            assert computed >= report.distinct_tokens
+        else:
+            assert computed == report.distinct_tokens
+
+
+def test_decode_rows_ride_along_only_when_mixed():
+    prompts, outputs = make_batch(0)
+    for mixed in (False, True):
+        works = EngineModel(prompts, outputs, 100_000, Policy(64, mixed)).run()
+        assert any(work.prefill_tokens and work.decode_requests for work in works) == mixed
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_more_memory_is_not_slower(policy):
+    prompts, outputs = make_batch(1)
+    seconds = [
+        MODEL.seconds(EngineModel(prompts, outputs, capacity, policy).run(), 256, 0)
+        for capacity in (400, 800, 1600, 100_000)
+    ]
+    for less, more in pairwise(seconds):
+        assert more <= 1.05 * less
+
+
+def test_a_shared_prefix_is_read_once_by_its_group():
+    prompts = [[1] * 50 + [number] for number in range(2, 6)]
+    works = EngineModel(prompts, [5] * 4, 10_000, Policy()).run()
+    last = works[-1]
+    assert last.decode_requests == 4
+    assert last.context - last.unique_kv == 3 * 50
+
+
+def test_the_cost_model_is_found_again():
+    runs, played = [], []
+    for groups, members, prefix, suffix in ((10, 20, 500, 50), (60, 1, 0, 2000), (5, 60, 2000, 20)):
+        rng = random.Random(groups)
+        prompts = []
+        for _ in range(groups):
+            shared = rng.choices(range(9000), k=prefix)
+            prompts += [shared + rng.choices(range(9000), k=suffix) for _ in range(members)]
+        outputs = [rng.randint(20, 200) for _ in prompts]
+        works = EngineModel(prompts, outputs, 1_000_000, Policy(4096)).run()
+        ends = MODEL.ends(works, 1024)
+        starts = [0.0, 0.014, *ends[:-2]]  # a step is launched when the last but one is done
+        steps = [
+            list(vars(step_of(work, start, MODEL.host_ms(work, 1024))).values())
+            for work, start in zip(works, starts, strict=True)
+        ]
+        runs.append({"steps": steps, "seconds": float(ends[-1]), "prompt_tokens": 1})
+        played.append(works)
+    found = fit(runs)
+    for name in ("token_ms", "kv_ms", "context_ms", "eager_host_ms", "graph_host_ms"):
+        assert getattr(found, name) == pytest.approx(getattr(MODEL, name), rel=0.1), name
+    for works in played:
+        ends = found.ends(works, 1024)
+        assert ends[-1] == pytest.approx(MODEL.ends(works, 1024)[-1], rel=0.02)
+
+
+def step_of(work: Work, start: float, host_ms: float) -> Step:
+    return Step(
+        start=start,
+        prefill_tokens=work.prefill_tokens,
+        prefill_requests=0,
+        attended=work.attended,
+        decode_requests=work.decode_requests,
+        context=work.context,
+        kv_used=work.kv_used,
+        waiting=0,
+        schedule_ms=0.0,
+        launch_ms=host_ms,
+    )
+
+
+def test_host_time_shows_only_where_the_gpu_is_faster():
+    small = Work(0, 0, 1, 100, 100, 100)
+    gpu_ms = MODEL.gpu_ms(small)
+    assert MODEL.graph_host_ms < gpu_ms < MODEL.eager_host_ms
+    assert MODEL.ends([small] * 100, 256)[-1] == pytest.approx(0.1 * gpu_ms, rel=0.05)
+    assert MODEL.ends([small] * 100, 0)[-1] == pytest.approx(0.1 * 14.0, rel=0.05)
