@@ -71,14 +71,16 @@ def reference_tree(
 
 
 def reference_order(root: Node, output_lens: Sequence[int]) -> list[int]:
-    """Depth-first, ends first, then child subtrees by decoding ratio and smallest request."""
+    """Depth-first, ends first, then child subtrees by longest output, decoding ratio and smallest
+    request."""
 
     def distinct(node: Node, above: int) -> int:
         return node.depth - above + sum(distinct(child, node.depth) for child in node.children)
 
-    def rank(child: Node, above: int) -> tuple[Fraction, int]:
-        outputs = sum(output_lens[i] for i in child.members)
-        return -Fraction(outputs, distinct(child, above)), min(child.members)
+    def rank(child: Node, above: int) -> tuple[int, Fraction, int]:
+        outputs = [output_lens[i] for i in child.members]
+        ratio = Fraction(sum(outputs), distinct(child, above))
+        return -max(outputs), -ratio, min(child.members)
 
     def visit(node: Node) -> list[int]:
         order = sorted(node.ends)

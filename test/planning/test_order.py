@@ -92,6 +92,12 @@ def test_decoding_heavy_groups_go_first() -> None:
     assert plan_batch(prompts).order.tolist() == light + heavy  # a tie goes by request index
 
 
+def test_the_longest_output_starts_early() -> None:
+    """A group with one long output goes before one that decodes more in all."""
+    prompts = [[1, 1, own] for own in range(3)] + [[2, 2, own] for own in range(3)]
+    assert plan_batch(prompts, 1, [8, 8, 8, 1, 9, 1]).order.tolist() == [4, 3, 5, 0, 1, 2]
+
+
 def test_ratio_counts_a_shared_prefix_once() -> None:
     """Two requests of 10 + 1 tokens decode 2 per 12 distinct tokens, more than a lone request of
     8 tokens that decodes 1, although each alone has the smaller ratio."""

@@ -1,4 +1,4 @@
-"""The order of execution: depth-first, and decoding-heavy subtrees first."""
+"""The order of execution: depth-first, and subtrees with long outputs first."""
 
 import numpy as np
 
@@ -12,9 +12,12 @@ def execution_starts(tree: PrefixTree, output_lens: np.ndarray) -> np.ndarray:
     output_lens: int64[n], tokens each request is expected to decode.
 
     Each subtree is contiguous. At a node the requests that end there come first, then its
-    child subtrees by decoding ratio, larger first (BatchLLM, arXiv 2412.03594, orders its
-    groups so): the subtree's expected output tokens over its distinct prompt tokens below the
-    node. Equals go by their smallest request index.
+    child subtrees by their longest expected output, longer first: a batch takes at least as long
+    as its last request, so the long ones must not start late (the rule of longest processing
+    time first, Graham 1969). Where these are equal, as without any knowledge of lengths, the
+    larger decoding ratio goes first (BatchLLM, arXiv 2412.03594, orders its groups so): the
+    subtree's expected output tokens over its distinct prompt tokens below the node. Equals go by
+    their smallest request index.
     """
     parent = tree.parent.tolist()
     outputs = np.zeros(tree.num_nodes, np.int64)
@@ -24,11 +27,14 @@ def execution_starts(tree: PrefixTree, output_lens: np.ndarray) -> np.ndarray:
     )
     smallest = np.full(tree.num_nodes, len(tree.request_node), np.int64)
     np.minimum.at(smallest, tree.request_node, np.arange(len(tree.request_node)))
+    longest = np.zeros(tree.num_nodes, np.int64)
+    np.maximum.at(longest, tree.request_node, output_lens)
     for node in range(tree.num_nodes - 1, 0, -1):
         smallest[parent[node]] = min(smallest[parent[node]], smallest[node])
+        longest[parent[node]] = max(longest[parent[node]], longest[node])
 
     # Children by parent, and parents come before their own children: one pass places them all.
-    siblings = np.lexsort((smallest[1:], -ratio, tree.parent[1:])) + 1
+    siblings = np.lexsort((smallest[1:], -ratio, -longest[1:], tree.parent[1:])) + 1
     starts = [0] * tree.num_nodes
     free = tree.end_count.tolist()  # next free position inside each placed subtree
     num_requests = tree.num_requests.tolist()
