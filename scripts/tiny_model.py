@@ -14,26 +14,12 @@ def make_tiny_model(
     hidden_size: int = 64,
     head_dim: int = 16,
 ) -> Path:
-    """Write a float32 model of two layers, the same every time, and a byte-level BPE tokenizer
-    trained on `texts` (token 0 begins, token 1 ends a text) into `folder`, and return that."""
+    """Write a float32 model of two layers, the same every time, and a tokenizer trained on `texts`
+    into `folder`, and return that."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-
+    train_tokenizer(folder, texts, vocab_size)
     torch.manual_seed(0)
     num_heads = hidden_size // head_dim
     config = LlamaConfig(
@@ -53,3 +39,23 @@ def make_tiny_model(
         model.lm_head.weight.mul_(20.0)
     model.save_pretrained(folder)
     return folder
+
+
+def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
+    """Write a byte-level BPE tokenizer into `folder`; token 0 begins, token 1 ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)

@@ -61,6 +61,25 @@ def _register_runtime() -> None:
 
 
 @functools.cache
+def extend_runtime() -> None:
+    """In a scheduler process, once the flag is on: admission by memory, shared mixed batches."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_batchllm.attention.mixed import select_backend
+    from sglang_batchllm.runtime.adder import ForecastPrefillAdder
+
+    HookRegistry.register(
+        "sglang.srt.managers.schedule_policy.PrefillAdder", ForecastPrefillAdder, HookType.REPLACE
+    )
+    HookRegistry.register(
+        "sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend._select_backend",
+        select_backend,
+        HookType.AROUND,
+    )
+    HookRegistry.apply_hooks()
+
+
+@functools.cache
 def extend_frontend() -> None:
     """In a process that takes requests, once the flag is on: lists travel as one batch."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -79,14 +98,13 @@ def extend_frontend() -> None:
 
 def _extend_engine() -> None:
     """Programs take an engine as they take a server: `endpoint` is where SGLang looks."""
-    engine_module = sys.modules.get("sglang.srt.entrypoints.engine")
-    if engine_module is None:
-        return
+    from sglang.srt.entrypoints.engine import Engine
+
     from sglang_batchllm.frontend.engine_backend import EngineBackend
 
     endpoint = functools.cached_property(EngineBackend)
-    endpoint.__set_name__(engine_module.Engine, "endpoint")
-    engine_module.Engine.endpoint = endpoint
+    endpoint.__set_name__(Engine, "endpoint")
+    Engine.endpoint = endpoint  # type: ignore[attr-defined]
 
 
 def _extend_http_server() -> None:
@@ -113,7 +131,7 @@ def _extend_language() -> None:
     backend for the flag, and hands its batch over where it is set."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_batchllm.frontend.exchange import exchange
+    from sglang_batchllm.frontend.exchange import cache_prefix, exchange
     from sglang_batchllm.frontend.run_batch import run_batch
     from sglang_batchllm.frontend.tracing import stop_tracing
 
@@ -121,6 +139,7 @@ def _extend_language() -> None:
         "interpreter.run_program_batch": run_batch,
         "interpreter.run_program": stop_tracing,
         "backend.runtime_endpoint.http_request": exchange,
+        "backend.runtime_endpoint.RuntimeEndpoint.commit_lazy_operations": cache_prefix,
     }.items():
         HookRegistry.register(f"sglang.lang.{name}", wrapper, HookType.AROUND)
     HookRegistry.apply_hooks()

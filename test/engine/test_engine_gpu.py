@@ -71,4 +71,5 @@ def test_outputs_are_those_of_native_attention(mode: str, model: Path) -> None:
     agreement = equal / (OUTPUT * len(prompts))
     print(f"{mode}: {agreement:.4f} of the tokens agree")
     # Both round to bf16 in their own order: a near-tie now and then sends a request elsewhere.
-    assert agreement > 0.9
+    # With an fp8 cache fa3 rounds the queries to fp8 too, which ours does not.
+    assert agreement > (0.75 if mode == "fp8" else 0.9)

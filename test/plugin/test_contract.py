@@ -23,6 +23,11 @@ SIGNATURES = {
     "managers.scheduler.Scheduler.update_running_batch": "self, batch",
     "managers.scheduler.Scheduler.get_internal_state": "self, recv_req",
     "managers.schedule_batch.ScheduleBatch.check_decode_mem": "self, selected_indices",
+    "managers.schedule_batch.ScheduleBatch.new_tokens_required_next_decode": "self, selected_indices",
+    "managers.schedule_policy.PrefillAdder.__init__": "self, page_size, tree_cache, token_to_kv_pool_allocator, running_batch, new_token_ratio, rem_input_tokens, rem_chunk_tokens, num_mixed_decode_tokens, priority_scheduling_preemption_threshold, max_prefill_bs, max_running_requests, prefill_max_requests, prefill_delayer_single_pass, dllm_config, waiting_queue_len",
+    "managers.schedule_policy.PrefillAdder.add_one_req": "self, req, has_chunked_req, truncation_align_size",
+    "managers.schedule_policy.PrefillAdder._update_prefill_budget": "self, prefix_len, extend_input_len, max_new_tokens, retracted_stain, mamba_gap_reserve",
+    "layers.attention.hybrid_attn_backend.HybridAttnBackend._select_backend": "self, forward_mode",
     "managers.schedule_batch.Req.set_extend_range": "self, start, end",
     "managers.schedule_batch.Req.finished": "self",
     "mem_cache.radix_cache.RadixCache.__init__": "self, params",
@@ -39,8 +44,34 @@ SIGNATURES = {
     "mem_cache.allocator.PagedTokenToKVPoolAllocator.free_segment": "self, free_index, start_pos",
     "mem_cache.registry.register_radix_cache_backend": "name, factory",
     "managers.tokenizer_manager.TokenizerManager._should_use_batch_tokenization": "self, batch_size, requests",
+    "managers.tokenizer_manager.TokenizerManager._send_one_request": "self, tokenized_obj",
+    "managers.tokenizer_manager.TokenizerManager._send_batch_request": "self, tokenized_objs",
+    "managers.tokenizer_manager.TokenizerManager._tokenize_texts": "self, texts, is_cross_encoder",
+    "managers.tokenizer_manager.TokenizerManager._dispatch_to_scheduler": "self, obj",
+    "managers.tokenizer_manager.TokenizerManager.generate_request": "self, obj, request",
+    "managers.tokenizer_manager.TokenizerManager.get_internal_state": "self",
+    "managers.tokenizer_manager.TokenizerManager.flush_cache": "self, timeout_s",
+    "managers.tokenizer_manager.TokenizerManager.freeze_gc": "self",
+    "lang.interpreter.run_program_batch": "program, backend, batch_arguments, default_sampling_para, num_threads, progress_bar, generator_style",
+    "lang.interpreter.run_program": "program, backend, func_args, func_kwargs, default_sampling_para, stream, sync, use_thread",
+    "lang.interpreter.StreamExecutor.__init__": "self, backend, arguments, default_sampling_para, chat_template, stream, num_api_spec_tokens, use_thread",
+    "lang.interpreter.StreamExecutor.submit": "self, expr",
+    "lang.interpreter.StreamExecutor.fork": "self, size, position_ids_offset",
+    "lang.interpreter.StreamExecutor.sync": "self",
+    "lang.interpreter.StreamExecutor.get_var": "self, name",
+    "lang.interpreter.StreamExecutor.get_meta_info": "self, name, timeout",
+    "lang.interpreter.StreamExecutor._init_var_event": "self, expr",
+    "lang.interpreter.StreamExecutor._execute_commit_lazy_operations": "self, expr",
+    "lang.interpreter.StreamExecutor._execute_select": "self, expr",
+    "lang.interpreter.StreamExecutor._execute_image": "self, expr",
+    "lang.interpreter.StreamExecutor._execute_video": "self, expr",
+    "lang.interpreter.StreamExecutor._resolve_sampling_params": "self, sampling_params",
+    "lang.backend.runtime_endpoint.http_request": "url, json, stream, api_key, verify, method",
+    "lang.backend.runtime_endpoint.RuntimeEndpoint.__init__": "self, base_url, api_key, verify, chat_template_name",
+    "lang.backend.runtime_endpoint.RuntimeEndpoint.get_server_info": "self",
     "entrypoints.http_server._setup_and_run_http_server": "server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, subprocess_watchdog, execute_warmup_func, launch_callback",
     "server_args.ServerArgs.__post_init__": "self",
+    "server_args.ServerArgs._handle_gpu_memory_settings": "self, gpu_mem",
     "server_args.ServerArgs.from_cli_args": "cls, args",
     "server_args.ServerArgs.get_model_config": "self",
     "plugins.load_plugins": "",
@@ -61,21 +92,37 @@ ATTRIBUTES = {
     "managers.schedule_batch.Req": (
         "origin_input_ids output_ids extra_key sampling_params finished_reason to_finish "
         "already_computed cached_tokens prefix_indices extend_range last_node req_pool_idx "
-        "cache_protected_len input_embeds positional_embed_overrides session rid"
+        "cache_protected_len input_embeds positional_embed_overrides session rid "
+        "full_untruncated_fill_ids"
     ),
+    "managers.schedule_policy.PrefillAdder": "rem_total_token_offset cur_rem_token_offset",
+    "layers.attention.hybrid_attn_backend.HybridAttnBackend": "decode_backend",
+    "lang.interpreter.StreamExecutor": "variables variable_event meta_info messages_ text_ fork_start_text_pos",
     "managers.scheduler.Scheduler": (
         "waiting_queue chunked_req chunked_prefill_size max_prefill_tokens grammar_manager "
         "tree_cache page_size max_total_num_tokens token_to_kv_pool_allocator ps tp_group "
-        "tp_cpu_group server_args"
+        "tp_cpu_group server_args is_mixed_chunk"
     ),
     "mem_cache.radix_cache.RadixCache": "req_to_token_pool token_to_kv_pool_allocator",
     "mem_cache.radix_cache.TreeNode": "children parent key value lock_ref",
 }
 """Instance attributes, which must be assigned somewhere in the class's module."""
 
+FIELDS = {
+    "managers.schedule_batch.ScheduleBatch": "reqs batch_is_full decoding_reqs forward_mode",
+    "model_executor.forward_batch_info.ForwardBatch": (
+        "forward_mode batch_size input_ids req_pool_indices seq_lens seq_lens_cpu seq_lens_sum "
+        "orig_seq_lens out_cache_loc positions extend_num_tokens extend_seq_lens "
+        "extend_seq_lens_cpu extend_prefix_lens extend_prefix_lens_cpu extend_start_loc "
+        "extend_logprob_start_lens_cpu _attn_output"
+    ),
+}
+"""Fields of dataclasses."""
+
 
 def resolve(name: str) -> Any:
-    owner, attribute = f"sglang.srt.{name}".rsplit(".", 1)
+    package = "sglang" if name.startswith("lang.") else "sglang.srt"
+    owner, attribute = f"{package}.{name}".rsplit(".", 1)
     found = inspect.getattr_static(pkgutil.resolve_name(owner), attribute)
     return getattr(found, "__func__", found)
 
@@ -93,10 +140,18 @@ def test_attributes(name: str):
     assert not missing
 
 
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields(name: str):
+    assert set(FIELDS[name].split()) <= set(resolve(name).__dataclass_fields__)
+
+
 def test_every_overridden_method_is_listed():
     from sglang_batchllm.args import BatchLLMServerArgs
+    from sglang_batchllm.frontend.engine_backend import EngineBackend
+    from sglang_batchllm.frontend.tracing import TracingExecutor
     from sglang_batchllm.platform.cpu import CpuReferencePlatform
     from sglang_batchllm.platform.paged_allocator import CpuPagedAllocator
+    from sglang_batchllm.runtime.adder import ForecastPrefillAdder
     from sglang_batchllm.runtime.cache import PinnedGroupCache
     from sglang_batchllm.runtime.scheduler import BatchLLMScheduler
 
@@ -104,9 +159,12 @@ def test_every_overridden_method_is_listed():
     ours = (
         BatchLLMScheduler,
         PinnedGroupCache,
+        ForecastPrefillAdder,
         CpuPagedAllocator,
         CpuReferencePlatform,
         BatchLLMServerArgs,
+        TracingExecutor,
+        EngineBackend,
     )
     for cls in ours:
         methods = {name: getattr(value, "__func__", value) for name, value in vars(cls).items()}

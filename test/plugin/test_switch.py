@@ -142,5 +142,14 @@ def test_runtime_knows_the_flag(tiny_model):
         assert len(requests.post(runtime.url + "/generate", json=body, timeout=60).json()) == 2
         report = requests.get(runtime.url + "/batchllm/report", timeout=60).json()
         assert report["batches"][-1]["computed_tokens"] == 4
+
+        def program(s, number):
+            s += f"number {number}" + sglang.gen("answer", max_tokens=2)
+
+        rows = [{"number": i} for i in range(5)]
+        states = sglang.function(program).run_batch(rows, backend=runtime)
+        assert all(state["answer"] is not None for state in states)
+        report = requests.get(runtime.url + "/batchllm/report", timeout=60).json()
+        assert (report["batches"][-1]["kind"], report["batches"][-1]["requests"]) == ("batch", 5)
     finally:
         runtime.shutdown()

@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
 import orjson
 from sglang.srt.utils.json_response import dumps_json
+
+if TYPE_CHECKING:
+    from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+    from sglang.lang.interpreter import StreamExecutor
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Listener(Protocol):
 
     def answer(self, body: dict[str, Any]) -> Reply | None:
         """The reply to a request, or None to send it. `body`: the request as SGLang built it."""
+        ...
+
+    def is_cached(self, text: str) -> bool:
+        """Whether a request that only caches the KV of `text`, before a fork, is needless."""
         ...
 
 
@@ -99,6 +107,15 @@ def exchange(
     if server is not None:
         return server.request("/" + path, json, stream)
     return http_request(url, json=json, stream=stream, **options)
+
+
+def cache_prefix(
+    commit: Callable[..., None], endpoint: RuntimeEndpoint, executor: StreamExecutor
+) -> None:
+    """Wraps RuntimeEndpoint.commit_lazy_operations, which a program calls before it forks."""
+    listener = _listener.get()
+    if listener is None or executor.images_ or not listener.is_cached(executor.text_):
+        commit(endpoint, executor)
 
 
 def encode(body: dict[str, Any]) -> bytes:

@@ -56,8 +56,10 @@ def run_batch(
     if num_threads == "auto":
         at_least = max(96, multiprocessing.cpu_count() * 16)  # SGLang's own number
         num_threads = max(at_least, min(channel.max_running_requests, MAX_THREADS))
-    batch = _Batch(program, channel, batch_arguments, default_sampling_para, int(num_threads))
-    states = batch.run(progress_bar, stop_early=generator_style)
+    batch = _Batch(
+        program, channel, batch_arguments, default_sampling_para, int(num_threads), progress_bar
+    )
+    states = batch.run(stop_early=generator_style)
     return states if generator_style else list(states)
 
 
@@ -65,20 +67,20 @@ WHOLE = 4096
 """Programs that are always handed over as one list."""
 
 FIRST_PART = 256
-"""Of more, the first list has this many, and each next one eight times as many as the one before:
-the server runs the first while the others are traced, sent and tokenized."""
+"""Of more, the first go ahead in a list of their own, which the server runs while the others are
+traced, sent and tokenized. Their KV stays cached for the others."""
 
 
 class _Start:
     """A program whose first requests were handed over, until all of their answers are there."""
 
-    __slots__ = ("answers", "missing", "trace")
+    __slots__ = ("answers", "index", "missing", "trace")
 
-    def __init__(self, trace: Trace):
+    def __init__(self, index: int, trace: Trace):
+        self.index = index
         self.trace = trace
         self.missing = len(trace.requests)
         self.answers: list[Reply | None] = [None] * self.missing
-        trace.requests = []  # sent, and large
 
 
 class _Batch:
@@ -97,30 +99,28 @@ class _Batch:
         arguments: Sequence[dict[str, Any]],
         sampling: SglSamplingParams,
         num_threads: int,
+        progress_bar: bool,
     ):
         self._program = program
         self._channel = channel
         self._arguments = arguments
         self._sampling = sampling
         self._pool = ThreadPoolExecutor(min(num_threads, len(arguments)))
-        self._handed: dict[int, _Start] = {}  # by program
-        self._sent: list[tuple[int, int]] = []  # program and place in its trace of each request
         self._ready: deque[tuple[int, Replay]] = deque()
         self._untraced: deque[int] = deque()
-        self._traced = 0  # programs
+        self._started = bytearray(len(arguments))  # flags
         self._stopped = False
         self._changed = threading.Condition()
         self._unfinished = len(arguments)
         self._results: list[ProgramState | BaseException | None] = [None] * len(arguments)
-        self._bar: tqdm.tqdm | None = None
+        self._bar = tqdm.tqdm(total=len(arguments)) if progress_bar else None
 
-    def run(self, progress_bar: bool, stop_early: bool) -> Iterator[ProgramState]:
+    def run(self, stop_early: bool) -> Iterator[ProgramState]:
         """Yield the states in the order of the arguments, and raise what a program raised.
 
         stop_early: yield what is there and stop at the first exception, instead of letting all
             programs finish before.
         """
-        self._bar = tqdm.tqdm(total=len(self._arguments)) if progress_bar else None
         feeder = threading.Thread(target=self._feed, args=(self._parts(),), daemon=True)
         feeder.start()
         try:
@@ -143,23 +143,25 @@ class _Batch:
     def _parts(self) -> Iterator[range]:
         """The programs to hand over together."""
         number = len(self._arguments)
-        start, size = 0, FIRST_PART if number > WHOLE else number
-        while start < number:
-            yield range(start, min(start + size, number))
-            start, size = start + size, 8 * size
+        first = number if number <= WHOLE else FIRST_PART
+        yield range(first)
+        if first < number:
+            yield range(first, number)
 
-    # In the feeder's thread
+    # In feeder threads
 
     def _feed(self, parts: Iterator[range]) -> None:
-        """Hand the next of `parts` over, and the others on another thread once it is sent."""
-        part = next(parts, range(0))
-        if not part:
+        """Hand the next of `parts` over; a thread of its own does the same for the one after it,
+        once this one is sent."""
+        part = next(parts, None)
+        if part is None:
             return
-        sent: list[_Start] = []  # which program's, for each request
         others = threading.Thread(target=self._feed, args=(parts,), daemon=True)
+        sent: list[tuple[_Start, int] | None] = []  # program and place in its trace
 
         def request_lines() -> Iterator[bytes]:
-            yield from self._request_lines(part, sent)
+            for index in part:
+                yield from self._trace(index, sent, keep=part.stop < len(self._arguments))
             others.start()
 
         try:
@@ -174,31 +176,41 @@ class _Batch:
         for index in part:
             if not self._started[index]:
                 self._start(index, None)
-        if not others.ident:
+        if others.ident is None:
             others.start()
         others.join()
 
-    def _request_lines(self, part: range, sent: list[tuple[_Start, int]]) -> Iterator[bytes]:
-        for index in part:
-            if self._stopped:
-                return
-            trace = trace_program(
-                self._program, self._channel.endpoint, self._arguments[index], self._sampling
-            )
-            if not trace.requests:
-                self._start(index, None)
-                continue
-            start = _Start(index, trace)
-            for place, body in enumerate(trace.requests):
-                sent.append((start, place))
-                yield request_line(body, trace.more)
+    def _trace(
+        self, index: int, sent: list[tuple[_Start, int] | None], keep: bool
+    ) -> Iterator[bytes]:
+        """The lines of a program. keep: whether others will use the KV of this part."""
+        if self._stopped:
+            raise InterruptedError("run_batch was left")
+        trace = trace_program(
+            self._program, self._channel.endpoint, self._arguments[index], self._sampling
+        )
+        if not trace.requests:
+            self._start(index, None)
+            return
+        start = _Start(index, trace)
+        for place, body in enumerate(trace.requests):
+            sent.append((start, place))
+            yield request_line(body, keep or trace.more)
+        trace.requests.clear()  # they are large
 
-    def _deliver(self, sent: list[tuple[_Start, int]], request: int, reply: Reply) -> None:
-        start, place = sent[request]
-        sent[request]
+    def _deliver(self, sent: list[tuple[_Start, int] | None], request: int, reply: Reply) -> None:
+        entry, sent[request] = sent[request], None
+        assert entry is not None
+        start, place = entry
+        start.answers[place] = reply
+        start.missing -= 1
+        if not start.missing:
+            self._start(start.index, Replay(start.trace, start.answers))
+
     def _start(self, index: int, replay: Replay | None) -> None:
         if self._stopped:
             return
+        self._started[index] = True
         if replay is None:
             self._untraced.append(index)
         else:

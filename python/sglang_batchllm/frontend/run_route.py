@@ -22,7 +22,7 @@ def add_run_route(server_args: ServerArgs, *_: Any, **__: Any) -> None:
         return
     from sglang.srt.entrypoints import http_server
     from starlette.background import BackgroundTask
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
 
     from sglang_batchllm.frontend.handover import HandOver
@@ -40,6 +40,8 @@ def add_run_route(server_args: ServerArgs, *_: Any, **__: Any) -> None:
             async for chunk in request.stream():
                 *lines, unread = (unread + chunk).split(b"\n")
                 await handover.add(lines)
+        except ClientDisconnect:
+            return Response()
         except (ValueError, KeyError, TypeError) as error:
             return JSONResponse({"error": {"message": f"not a hand-over: {error!r}"}}, 400)
         await handover.start()

@@ -6,8 +6,7 @@ import copy
 import dataclasses
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -37,70 +36,53 @@ class AnswerNeeded(BaseException):
 class Trace:
     """The requests that a program sends before it reads an answer.
 
-    requests: those to hand over, each the JSON body of a ``POST /generate``.
-    sent: for all that it sends, in order, a digest of the body and the place in `requests`; None
-        for the calls by which SGLang caches a prefix before a fork, which a plan makes needless.
+    requests: each the JSON body of a ``POST /generate``. digests: one for each of them.
+    cached: digests of the texts that SGLang would cache before a fork; a plan needs no such call.
     more: whether the program may send more requests after the answers to these.
     """
 
     def __init__(self) -> None:
         self.requests: list[bytes] = []
-        self.sent: list[tuple[bytes, int | None]] = []
+        self.digests: list[bytes] = []
+        self.cached: list[bytes] = []
         self.more = False
-        self._only_caching = False
 
     def answer(self, body: dict[str, Any]) -> Reply | None:
         """See `exchange.Listener`: takes note of the request instead of sending it."""
-        if body["sampling_params"].get("n", 1) != 1:  # not planned as a list by SGLang
-            self.more = True
-            raise AnswerNeeded
-        encoded = encode(body)
-        if self._only_caching:
-            self.sent.append((_digest(encoded), None))
-            return _CACHED
-        self.sent.append((_digest(encoded), len(self.requests)))
-        self.requests.append(encoded)
+        if body["sampling_params"].get("n", 1) == 1:  # others are not planned as a list by SGLang
+            self.requests.append(encode(body))
+            self.digests.append(_digest(self.requests[-1]))
         raise AnswerNeeded
 
-    @contextmanager
-    def only_caching(self) -> Iterator[None]:
-        """Requests within it ask for no answer."""
-        self._only_caching = True
-        try:
-            yield
-        finally:
-            self._only_caching = False
+    def is_cached(self, text: str) -> bool:
+        self.cached.append(_digest(text.encode()))
+        return True
 
 
 class Replay:
     """Gives a program the answers to the requests of its trace, each once."""
 
     def __init__(self, trace: Trace, answers: Sequence[Reply | None]):
+        self._cached = trace.cached
         self._replies: dict[bytes, deque[Reply]] = {}
-        for digest, index in trace.sent:
-            reply = _CACHED if index is None else answers[index]
+        for digest, reply in zip(trace.digests, answers, strict=True):
             assert reply is not None
             self._replies.setdefault(digest, deque()).append(reply)
 
     def answer(self, body: dict[str, Any]) -> Reply | None:
         """See `exchange.Listener`; None for a request that is not as it was traced."""
-        if not self._replies:
-            return None
-        digest = _digest(encode(body))
-        replies = self._replies.get(digest)
-        if replies is None:
-            return None
+        replies = self._replies.get(_digest(encode(body)))
         try:
-            return replies.popleft()
-        except IndexError:
+            return replies.popleft() if replies else None
+        except IndexError:  # another fork took the last one
             return None
 
+    def is_cached(self, text: str) -> bool:
+        return _digest(text.encode()) in self._cached
 
-_CACHED = Reply(200, {})
 
-
-def _digest(encoded: bytes) -> bytes:
-    return hashlib.blake2b(encoded, digest_size=16).digest()
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def trace_program(
@@ -214,10 +196,6 @@ class TracingExecutor(StreamExecutor):
         known = name in self.variables if event is None else event.is_set()
         if not known and (self._waiting or event is not None):
             raise AnswerNeeded
-
-    def _execute_commit_lazy_operations(self, expr: SglCommitLazy) -> None:
-        with self._trace.only_caching():
-            super()._execute_commit_lazy_operations(expr)
 
     def _execute_select(self, expr: SglSelect) -> None:
         self._trace.more = True  # only the prompt can be handed over, the choices come after it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import filterfalse
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
@@ -120,8 +121,7 @@ class BatchLLMScheduler(Scheduler):
         self.is_mixed_chunk = self._mixes(running_batch, chosen, free)
         self._held_back, self.waiting_queue = self.waiting_queue, list(chosen)
         if chosen:  # most steps choose none, and a long queue should cost them nothing
-            shown = {id(req) for req in chosen}
-            self._held_back = [req for req in self._held_back if id(req) not in shown]
+            self._held_back = list(filterfalse(set(chosen).__contains__, self._held_back))
         try:
             plan = super().get_new_batch_prefill(running_batch)
         finally:
