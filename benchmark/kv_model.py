@@ -145,3 +145,9 @@ class KVPool:
         while free_from is not None and self._depth[node] > free_from and not self._locks[node]:
             self.evictable -= self._cached.pop(node)
             node = self._parent[node]
+
+    def locked(self, tokens: array[int], namespace: str | None) -> int:
+        node = self._home[id(tokens)]
+        while node and not self._locks[node]:
+            node = self._parent[node]
+        return self._depth[node]

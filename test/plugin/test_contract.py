@@ -31,6 +31,7 @@ SIGNATURES = {
     "managers.schedule_batch.Req.set_extend_range": "self, start, end",
     "managers.schedule_batch.Req.finished": "self",
     "mem_cache.radix_cache.RadixCache.__init__": "self, params",
+    "mem_cache.radix_cache.RadixCache.reset": "self",
     "mem_cache.radix_cache.RadixCache.cache_unfinished_req": "self, req, chunked",
     "mem_cache.radix_cache.RadixCache.cache_finished_req": "self, req, is_insert, kv_len_to_handle",
     "mem_cache.radix_cache.RadixCache.match_prefix": "self, params",
@@ -101,9 +102,9 @@ ATTRIBUTES = {
     "managers.scheduler.Scheduler": (
         "waiting_queue chunked_req chunked_prefill_size max_prefill_tokens grammar_manager "
         "tree_cache page_size max_total_num_tokens token_to_kv_pool_allocator ps tp_group "
-        "tp_cpu_group server_args is_mixed_chunk"
+        "tp_cpu_group server_args is_mixed_chunk forward_ct"
     ),
-    "mem_cache.radix_cache.RadixCache": "req_to_token_pool token_to_kv_pool_allocator",
+    "mem_cache.radix_cache.RadixCache": "req_to_token_pool token_to_kv_pool_allocator root_node",
     "mem_cache.radix_cache.TreeNode": "children parent key value lock_ref",
 }
 """Instance attributes, which must be assigned somewhere in the class's module."""

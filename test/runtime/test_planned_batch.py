@@ -44,6 +44,11 @@ class ModelCache:
         if free_from is not None:
             self.free(handle, free_from)
 
+    def locked(self, tokens: array, namespace: str | None) -> int:
+        return max(
+            (end for end in range(len(tokens)) if self.locks[tuple(tokens[:end])]), default=0
+        )
+
     def free(self, prefix: tuple[int, ...], keep: int) -> None:
         for end in range(len(prefix), keep, -1):
             if self.locks[prefix[:end]]:

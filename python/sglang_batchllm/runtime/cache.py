@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from sglang_batchllm.runtime.batch import batch_of
+from sglang_batchllm.runtime.intake import KEPT_RID
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+
+
+LINGER_STEPS = 32
+"""Forward steps for which the KV of a text that other requests will continue stays locked after
+its request has finished: about as long as a client takes to send the next turn. Counted in steps,
+not seconds, so that all ranks let go together."""
 
 
 def create_cache(context: TreeCacheBuildContext) -> PinnedGroupCache:
@@ -27,8 +35,15 @@ class PinnedGroupCache(RadixCache):
     Of a request in a batch that was handed over whole, only the prefix that others share enters
     the tree, as soon as it has slots; the batch pins it (`pin`), and `unpin` frees it at once
     after its last use. Its private suffix stays with the request and is freed when that ends, so
-    nothing of such a batch is left to LRU. All other requests are cached as SGLang does.
+    nothing of such a batch is left to LRU. All other requests are cached as SGLang does, and those
+    whose texts will be continued stay locked for `LINGER_STEPS`, so that memory pressure between
+    two turns does not evict what the second one needs.
     """
+
+    def reset(self) -> None:
+        super().reset()
+        self._lingering: deque[tuple[int, TreeNode]] = deque()  # last step, locked node
+        self._step = 0
 
     def publish(self, req: Req) -> int:
         """Share the prompt tokens of `req` that have slots, although its pass has yet to run, and
@@ -63,9 +78,12 @@ class PinnedGroupCache(RadixCache):
         planned = batch_of(req)
         private = planned is not None and planned.batch.private
         last_node, depth = req.last_node, req.cache_protected_len
+        text = req.origin_input_ids + req.output_ids
         super().cache_finished_req(
             req, is_insert=is_insert and not private, kv_len_to_handle=kv_len_to_handle
         )
+        if is_insert and req.rid.startswith(KEPT_RID) and req.finished():
+            self._linger(text[:kv_len_to_handle], req.extra_key)
         if planned is None:
             return
         if planned.member.claimed and private and last_node is not None:
@@ -73,11 +91,45 @@ class PinnedGroupCache(RadixCache):
             self._free_upwards(last_node, depth, planned.member.matched)
         planned.batch.leave(planned.member, req)
 
+    def _linger(self, text: array, namespace: str | None) -> None:
+        node = self._match(text, namespace, len(text)).last_device_node
+        self.inc_lock_ref(node)
+        self._lingering.append((self._step + LINGER_STEPS, node))
+
+    @property
+    def lingering(self) -> int:
+        """Texts that are locked only for being continued."""
+        return len(self._lingering)
+
+    def advance(self) -> bool:
+        """A forward step has been scheduled: unlock what has lingered long enough. Returns whether
+        there was any."""
+        self._step += 1
+        due = sum(1 for last, _ in self._lingering if last < self._step)
+        self.stop_lingering(due)
+        return due > 0
+
+    def stop_lingering(self, texts: int) -> None:
+        """Unlock the oldest `texts` of those that linger."""
+        for _ in range(min(texts, len(self._lingering))):
+            self.dec_lock_ref(self._lingering.popleft()[1])
+
+    def _match(self, tokens: array, namespace: str | None, limit: int) -> MatchResult:
+        key = RadixKey(token_ids=tokens, extra_key=namespace, limit=limit)
+        return self.match_prefix(MatchPrefixParams(key=key))
+
+    def locked(self, tokens: array, namespace: str | None) -> int:
+        """See `pins.PrefixStore`."""
+        found = self._match(tokens, namespace, len(tokens) - 1)
+        node, depth = found.last_device_node, len(found.device_indices)
+        while node is not self.root_node and node.lock_ref == 0:
+            depth -= len(node.key)
+            node = node.parent
+        return depth
+
     def pin(self, tokens: array, namespace: str | None, depth: int) -> TreeNode:
         """See `pins.PrefixStore`; the cached prefix must be there."""
-        found = self.match_prefix(
-            MatchPrefixParams(key=RadixKey(token_ids=tokens, extra_key=namespace, limit=depth))
-        )
+        found = self._match(tokens, namespace, depth)
         cached = len(found.device_indices)
         assert cached == depth, f"prefix of {depth} tokens to pin, but only {cached} are cached"
         self.inc_lock_ref(found.last_device_node)

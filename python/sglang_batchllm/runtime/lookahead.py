@@ -73,9 +73,13 @@ class Lookahead:
         opened: tokens of new shared prefixes that it computes. next_position: where in the plan
         the next waiting request stands.
         """
+        pins = self._batch.pins
         steps = self._expected_steps(req, member)
-        own = len(req.origin_input_ids) + len(req.output_ids) - self._batch.pins.depth[member.home]
-        if not self._forecast.admit(own + self._batch.page_slack, steps, prefix=opened):
+        own = len(req.origin_input_ids) + len(req.output_ids) - pins.depth[member.home]
+        held = pins.held_elsewhere(member, opened)
+        own -= max(held - opened, 0)
+        prefix = max(opened - held, 0)
+        if not self._forecast.admit(own + self._batch.page_slack, steps, prefix=prefix):
             return False
         self._use(member, steps)
         self._pass(member, next_position)

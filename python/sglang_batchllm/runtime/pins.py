@@ -32,6 +32,10 @@ class PrefixStore(Protocol):
         or leave it to the cache's own eviction when that is None."""
         ...
 
+    def locked(self, tokens: array, namespace: str | None) -> int:
+        """Leading tokens of which the KV is cached and held by somebody."""
+        ...
+
 
 @dataclass(slots=True)
 class Member:
@@ -94,6 +98,16 @@ class PinnedTree:
                 blocker = node
             node = self.parent[node]
         return blocker, self.depth[member.home] - self.depth[node]
+
+    def held_elsewhere(self, member: Member, opened: int) -> int:
+        """Tokens of the member's prompt beyond its READY nodes whose KV somebody holds anyway.
+
+        opened: tokens of its COLD nodes.
+        """
+        if self._free_on_release:
+            return 0  # handed over whole: its prompts are nobody else's
+        held = self._store.locked(member.tokens, member.namespace)
+        return max(held - (self.depth[member.home] - opened), 0)
 
     def claim(self, member: Member) -> None:
         """Make the member the leader of every COLD node on its path."""

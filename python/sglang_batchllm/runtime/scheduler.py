@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import filterfalse
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
         GetInternalStateReqOutput,
     )
     from sglang.srt.server_args import ServerArgs
+
+
+LINGER_SECONDS = 0.05
+"""For how long nothing runs at most because texts that wait for their next turn hold the KV."""
 
 
 class BatchLLMScheduler(Scheduler):
@@ -57,6 +62,9 @@ class BatchLLMScheduler(Scheduler):
         plugin.extend_runtime()
         self._held_back: list[Req] | None = None
         self._receiving_list = False
+        self._arrived = False  # a request by itself, since the last step
+        self._seen_forward_ct = 0
+        self._last_forward = 0.0
 
     # Intake
 
@@ -83,6 +91,7 @@ class BatchLLMScheduler(Scheduler):
             self._held_back, self.waiting_queue = self.waiting_queue, chosen
         if accepted and not self._receiving_list:
             self.intake.arrive(req)
+            self._arrived = True
 
     def abort_request(self, recv_req: AbortReq) -> None:
         with self._watching_departures():
@@ -103,6 +112,7 @@ class BatchLLMScheduler(Scheduler):
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         self.intake.retire()
+        self._let_texts_go(running_batch)
         free = (
             self._cache.evictable_size() + self._cache.token_to_kv_pool_allocator.available_size()
         )
@@ -142,9 +152,27 @@ class BatchLLMScheduler(Scheduler):
         if self._group_table is not None and reqs:
             self._enter_groups(self._group_table, reqs)
         if chosen and batch is None and plan.running_batch.is_empty() and self.chunked_req is None:
-            self.admission.give_up_pins(chosen[0])
+            if not self._cache.lingering:
+                self.admission.give_up_pins(chosen[0])
             plan.running_batch.batch_is_full = False
         return plan
+
+    def _let_texts_go(self, running_batch: ScheduleBatch) -> None:
+        """Unlock texts that were kept for their next turn, when it has not come in time."""
+        lingering = self._cache.lingering
+        if self.forward_ct != self._seen_forward_ct:
+            self._seen_forward_ct = self.forward_ct
+            self._last_forward = time.monotonic()
+            if self._cache.advance():
+                running_batch.batch_is_full = False
+        elif lingering and running_batch.is_empty():
+            if not self.waiting_queue:
+                self._cache.stop_lingering(lingering)  # nobody competes for their memory
+            elif self._agree(time.monotonic() - self._last_forward > LINGER_SECONDS):
+                self._cache.stop_lingering(1)  # they hold so much that nothing can run
+        if lingering and self._arrived:
+            running_batch.batch_is_full = False
+        self._arrived = False
 
     def _chunk_left(self) -> int:
         """Tokens still to compute of the prompt that is prefilled in chunks."""
@@ -182,6 +210,8 @@ class BatchLLMScheduler(Scheduler):
         table.assign(rows, ids, lengths)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
+        if self._cache.lingering and not batch.check_decode_mem():
+            self._cache.stop_lingering(self._cache.lingering)
         # SGLang retracts requests until the rest fits, but has to abort the last one.
         unfinished = [req for req in batch.reqs if not req.finished()]
         if len(unfinished) == 1 and not batch.check_decode_mem():
