@@ -82,8 +82,11 @@ def proxy(url: str, cut_after: int) -> Iterator[str]:
                 while data := self.request.recv(4096):
                     upstream.sendall(data)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as listener:
-        listener.daemon_threads = True
+    class Listener(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        request_queue_size = 128  # a short one makes the kernel reset connections
+
+    with Listener(("127.0.0.1", 0), Handler) as listener:
         threading.Thread(target=listener.serve_forever, daemon=True).start()
         yield "http://{}:{}".format(*listener.server_address)
         listener.shutdown()

@@ -38,8 +38,9 @@ class BatchLLMScheduler(Scheduler):
     """Stands in for SGLang's Scheduler; without ``batchllm`` it makes one of SGLang's own.
 
     The waiting queue stays SGLang's, and holds every waiting request. For the moment in which
-    SGLang builds a prefill batch it shows only the requests that `Admission` has chosen, in that
-    order; memory, chunking, LoRA and all else about the batch remain SGLang's decisions.
+    SGLang builds a prefill batch it shows only the requests that `Admission` has chosen by the
+    plan and by memory, in that order; chunking, LoRA, retraction and all else about the batch
+    remain SGLang's decisions.
     """
 
     def __new__(cls, server_args: ServerArgs, *args: Any, **kwargs: Any):
