@@ -1,8 +1,8 @@
 """What this package registers with or replaces in SGLang. Nothing else does.
 
 `register` runs in every SGLang process before arguments are parsed, and adds nothing but a flag
-and what the flag needs to be heard. `extend_frontend` runs once the flag is on. What stands in
-here for SGLang's own steps back to that while the flag is off.
+and what the flag needs to be heard. `extend_frontend` and `extend_runtime` run once it is on. What
+stands in here for SGLang's own steps back to that while the flag is off.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def select_backend(
 
 def _first_requests(batch: ForwardBatch, requests: int, tokens: int) -> ForwardBatch:
     part = copy.copy(batch)
-    part.forward_mode = type(batch.forward_mode).EXTEND
+    part.forward_mode = ForwardMode.EXTEND
     part.batch_size = requests
     part.extend_num_tokens = tokens
     for name in _PER_TOKEN:

@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
@@ -78,12 +78,13 @@ class PinnedGroupCache(RadixCache):
         planned = batch_of(req)
         private = planned is not None and planned.batch.private
         last_node, depth = req.last_node, req.cache_protected_len
-        text = req.origin_input_ids + req.output_ids
         super().cache_finished_req(
             req, is_insert=is_insert and not private, kv_len_to_handle=kv_len_to_handle
         )
-        if is_insert and req.rid.startswith(KEPT_RID) and req.finished():
-            self._linger(text[:kv_len_to_handle], req.extra_key)
+        ended = req.finished() and not isinstance(req.finished_reason, FINISH_ABORT)
+        if ended and is_insert and req.rid.startswith(KEPT_RID):
+            text = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
+            self._linger(text, req.extra_key)
         if planned is None:
             return
         if planned.member.claimed and private and last_node is not None:
@@ -105,9 +106,10 @@ class PinnedGroupCache(RadixCache):
         """A forward step has been scheduled: unlock what has lingered long enough. Returns whether
         there was any."""
         self._step += 1
-        due = sum(1 for last, _ in self._lingering if last < self._step)
-        self.stop_lingering(due)
-        return due > 0
+        before = self.lingering
+        while self._lingering and self._lingering[0][0] < self._step:
+            self.stop_lingering(1)
+        return self.lingering < before
 
     def stop_lingering(self, texts: int) -> None:
         """Unlock the oldest `texts` of those that linger."""
