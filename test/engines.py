@@ -74,7 +74,7 @@ def wait_until_whole(source: Any, api_key: str | None = None, seconds: float = 3
         report = get_report(source, api_key)
         kv = report["kv_tokens"]
         if not report["running"] and kv["free"] + kv["evictable"] == kv["total"]:
-            assert kv["pinned"] == 0
+            assert kv["pinned"] == kv["held"] == 0
             return report
         assert time.monotonic() < deadline, f"KV still held: {kv}"
         time.sleep(0.1)

@@ -62,12 +62,16 @@ def _register_runtime() -> None:
 
 @functools.cache
 def extend_runtime() -> None:
-    """In a scheduler process, once the flag is on: admission by memory, shared mixed batches."""
+    """In a scheduler process, once the flag is on: admission by memory, shared mixed batches, and a
+    message of ours among those that it understands."""
+    from sglang.srt.managers.io_struct import hook_custom_types
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_batchllm.attention.mixed import select_backend
     from sglang_batchllm.runtime.adder import ForecastPrefillAdder
+    from sglang_batchllm.runtime.held import ReleaseTexts
 
+    hook_custom_types(ReleaseTexts)
     HookRegistry.register(
         "sglang.srt.managers.schedule_policy.PrefillAdder", ForecastPrefillAdder, HookType.REPLACE
     )

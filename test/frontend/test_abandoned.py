@@ -30,7 +30,8 @@ import sglang as sgl
 
 def program(s, number):
     s += "A long beginning that all of them share. " * 8 + str(number)
-    s += sgl.gen("a", max_tokens=1500)
+    s += sgl.gen("a", max_tokens=int(sys.argv[3]))
+    s += sgl.gen("b", max_tokens=1500)
 
 sgl.function(program).run_batch(
     [{"number": i} for i in range(40)],
@@ -41,13 +42,18 @@ sgl.function(program).run_batch(
 """
 
 
-def test_a_client_that_is_killed_releases_its_plan(server: Server, tmp_path: Path):
+@pytest.mark.parametrize("first_turn, kind", [(1000, "pinned"), (2, "held")])
+def test_a_client_that_is_killed_releases_its_memory(
+    server: Server, tmp_path: Path, first_turn: int, kind: str
+):
+    """Killed while its first turns run, or its second ones."""
     script = tmp_path / "client.py"
     script.write_text(CLIENT)
-    client = subprocess.Popen([sys.executable, str(script), server.url, API_KEY])
+    arguments = [str(script), server.url, API_KEY, str(first_turn)]
+    client = subprocess.Popen([sys.executable, *arguments])
     try:
         deadline = time.monotonic() + 90
-        while get_report(server.url, API_KEY)["kv_tokens"]["pinned"] == 0:
+        while get_report(server.url, API_KEY)["kv_tokens"][kind] == 0:
             assert client.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
     finally:

@@ -12,6 +12,7 @@ from sglang.lang.ir import SglSamplingParams
 import programs
 from sglang_batchllm.frontend.exchange import Reply, encode, listening, register_in_process
 from sglang_batchllm.frontend.tracing import Replay, trace_program
+from sglang_batchllm.request_ids import new_batch_id, parse_request_id
 
 SAMPLING = {"temperature": 0, "stop": [], "stop_token_ids": [], "stop_regex": []}
 
@@ -25,6 +26,8 @@ class Parrot:
     def request(self, path: str, body: dict[str, Any] | None, stream: bool) -> Reply:
         if body is None:
             return Reply(200, {"model_path": "parrot"})
+        asked = parse_request_id(body.pop("rid", None))
+        assert asked is None or asked.turn == "later"
         self.bodies.append(encode(body))
         one = {"text": "7", "meta_info": META}
         return Reply(200, [one] * len(body["text"]) if isinstance(body["text"], list) else one)
@@ -76,7 +79,7 @@ def test_a_replay_leaves_only_the_rest_to_the_server(parrot, backend, form):
     expected.sync()
     everything, parrot.bodies = parrot.bodies, []
     answers = [Reply(200, {"text": "7", "meta_info": META}) for _ in found.requests]
-    with listening(Replay(found, answers)):
+    with listening(Replay(found, answers, new_batch_id(), 0)):
         state = program.run(document=0, question=5, backend=backend, **SAMPLING)
         state.sync()
     assert state.text() == expected.text()

@@ -14,6 +14,8 @@ import pytest
 SIGNATURES = {
     "managers.scheduler.Scheduler.__init__": "self, server_args, port_args, gpu_id, tp_rank, moe_ep_rank, pp_rank, attn_cp_rank, moe_dp_rank, dp_rank",
     "managers.scheduler.Scheduler.init_schedule_policy": "self",
+    "managers.scheduler.Scheduler.init_request_dispatcher": "self",
+    "managers.io_struct.hook_custom_types": "new_types",
     "managers.scheduler.Scheduler.handle_batch_generate_request": "self, recv_req",
     "managers.scheduler.Scheduler._add_request_to_queue": "self, req, is_retracted",
     "managers.scheduler.Scheduler.abort_request": "self, recv_req",
@@ -37,6 +39,7 @@ SIGNATURES = {
     "mem_cache.radix_cache.RadixCache.match_prefix": "self, params",
     "mem_cache.radix_cache.RadixCache.inc_lock_ref": "self, node",
     "mem_cache.radix_cache.RadixCache.dec_lock_ref": "self, node, params",
+    "mem_cache.radix_cache.RadixCache.protected_size": "self",
     "mem_cache.radix_cache.RadixCache._delete_leaf": "self, node",
     "mem_cache.radix_cache.RadixCache._record_remove_event": "self, node, medium",
     "mem_cache.radix_cache.RadixKey.__init__": "self, token_ids, extra_key, is_bigram, limit",
@@ -102,7 +105,7 @@ ATTRIBUTES = {
     "managers.scheduler.Scheduler": (
         "waiting_queue chunked_req chunked_prefill_size max_prefill_tokens grammar_manager "
         "tree_cache page_size max_total_num_tokens token_to_kv_pool_allocator ps tp_group "
-        "tp_cpu_group server_args is_mixed_chunk forward_ct"
+        "tp_cpu_group server_args is_mixed_chunk forward_ct running_batch _request_dispatcher"
     ),
     "mem_cache.radix_cache.RadixCache": "req_to_token_pool token_to_kv_pool_allocator root_node",
     "mem_cache.radix_cache.TreeNode": "children parent key value lock_ref",

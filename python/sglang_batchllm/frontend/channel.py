@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import orjson
 import requests
 from sglang.lang.backend import runtime_endpoint
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
@@ -27,30 +28,46 @@ class Channel:
     endpoint: RuntimeEndpoint
     max_running_requests: int
 
-    def hand_over(self, lines: Iterable[bytes]) -> Iterator[tuple[int, Reply] | None]:
+    def hand_over(self, batch: str, lines: Iterable[bytes]) -> Iterator[tuple[int, Reply] | None]:
         """Send `exchange.request_line`s, and yield their indices and answers as they finish, or
-        None when there is none to report for a second.
+        None when there is none to report: first when the server has all lines, then every second.
+        Ends with the last answer, but not before `end_programs` was called for every program that
+        was to send more.
 
-        Closing the iterator aborts what remains. Raises what `requests` raises when the server
-        goes away, and RuntimeError with its answer when it refuses.
+        batch: an id of `request_ids.new_batch_id`. Closing the iterator aborts what remains.
+        Raises what `requests` raises when the server goes away, and RuntimeError with its answer
+        when it refuses.
         """
         server = in_process_server(self.endpoint.base_url)
         if server is not None:
-            yield from read_answers(server.hand_over(_chunks(lines)))
+            yield from read_answers(server.hand_over(batch, _chunks(lines)))
             return
+        with self._post(batch, _chunks(lines)) as response:
+            yield from read_answers(response.iter_lines(_CHUNK_BYTES))
+
+    def end_programs(self, batch: str, programs: list[int]) -> None:
+        """These programs of a hand-over send no more requests; raises as `hand_over` does."""
+        server = in_process_server(self.endpoint.base_url)
+        if server is not None:
+            server.end_programs(batch, programs)
+        else:
+            self._post(f"{batch}/ended", orjson.dumps(programs)).close()
+
+    def _post(self, path: str, data: bytes | Iterator[bytes]) -> requests.Response:
         headers = {"Content-Type": "application/x-ndjson"}
         if self.endpoint.api_key is not None:
             headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
-        with requests.post(
-            self.endpoint.base_url + RUN_PATH,
-            data=_chunks(lines),
+        response = requests.post(
+            f"{self.endpoint.base_url}{RUN_PATH}/{path}",
+            data=data,
             headers=headers,
             stream=True,
             verify=self.endpoint.verify or True,
-        ) as response:
-            if response.status_code != 200:
+        )
+        if response.status_code != 200:
+            with response:
                 raise RuntimeError(response.text)
-            yield from read_answers(response.iter_lines(_CHUNK_BYTES))
+        return response
 
 
 _limits: WeakKeyDictionary[RuntimeEndpoint, dict[str, int] | None] = WeakKeyDictionary()

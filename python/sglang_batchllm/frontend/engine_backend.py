@@ -14,7 +14,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.utils.json_response import dumps_json
 
 from sglang_batchllm.frontend.exchange import Reply, register_in_process
-from sglang_batchllm.frontend.handover import HandOver
+from sglang_batchllm.frontend.handover import HandOver, end_programs
 from sglang_batchllm.frontend.run_route import RUN_PATH, limits
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class EngineBackend(RuntimeEndpoint):
             except fastapi.HTTPException as error:
                 return Reply(error.status_code, {"message": error.detail})
 
-    def hand_over(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    def hand_over(self, batch: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """See `exchange.InProcessServer`."""
-        handover = HandOver(self._manager)
+        handover = HandOver(self._manager, batch)
         with self._running_loop():
             for chunk in chunks:
                 self._call(handover.add(chunk.splitlines()))
@@ -66,6 +66,11 @@ class EngineBackend(RuntimeEndpoint):
                     yield from chunk.splitlines()
             finally:
                 self._call(handover.abandon())
+
+    def end_programs(self, batch: str, programs: list[int]) -> None:
+        """See `exchange.InProcessServer`."""
+        with self._running_loop():
+            self._engine.loop.call_soon_threadsafe(end_programs, self._manager, batch, programs)
 
     @property
     def _manager(self) -> TokenizerManager:

@@ -59,8 +59,12 @@ class InProcessServer(Protocol):
 
     def request(self, path: str, body: dict[str, Any] | None, stream: bool) -> Reply: ...
 
-    def hand_over(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    def hand_over(self, batch: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """chunks: whole lines of `request_line`. Yields lines as `read_answers` takes them."""
+        ...
+
+    def end_programs(self, batch: str, programs: list[int]) -> None:
+        """See `channel.Channel`."""
         ...
 
 
@@ -132,9 +136,16 @@ def encode(body: dict[str, Any]) -> bytes:
     return json.dumps(body).encode()
 
 
-def request_line(body: bytes, more: bool) -> bytes:
-    """One request of a hand-over. body: as `encode` gives it. more: see `tracing.Trace`."""
-    return b'{"more":%s,"request":%s}\n' % (b"true" if more else b"false", body)
+def request_line(program: int, body: bytes, more: bool) -> bytes:
+    """One request of a hand-over.
+
+    program: its index in the batch. body: as `encode` gives it. more: see `tracing.Trace`.
+    """
+    return b'{"program":%d,"more":%s,"request":%s}\n' % (
+        program,
+        b"true" if more else b"false",
+        body,
+    )
 
 
 def answer_line(index: int, status: int, content: dict[str, Any]) -> bytes:

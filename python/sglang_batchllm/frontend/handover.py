@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 from weakref import WeakSet
 
 import fastapi
@@ -14,7 +13,8 @@ import orjson
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 
 from sglang_batchllm.frontend.exchange import answer_line
-from sglang_batchllm.runtime.intake import KEPT_RID
+from sglang_batchllm.request_ids import RequestId, parse_request_id
+from sglang_batchllm.runtime.held import ReleaseTexts
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -24,14 +24,13 @@ HEARTBEAT_SECONDS = 1.0
 """An empty line is sent when nothing else was for this long, so that each side notices when the
 other is gone."""
 
-_ONCE_RID = "batchllm-once-"
 _TEXT_SLICE = 1 << 19
 """Characters to tokenize before other work of the process gets its turn."""
 
 _START_SLICE = 256
 """Requests to start before other work of the process gets its turn."""
 
-_gathering: dict[str, HandOver] = {}
+_open: dict[str, HandOver] = {}  # by batch
 _frozen: WeakSet[TokenizerManager] = WeakSet()
 
 
@@ -39,16 +38,22 @@ class HandOver:
     """One list of requests: each is handled by SGLang like a request of its own, with its own
     errors, but they reach the scheduler in one message, which plans them together."""
 
-    def __init__(self, manager: TokenizerManager):
+    def __init__(self, manager: TokenizerManager, batch: str):
+        """Raises ValueError for a batch that is none of `request_ids.new_batch_id`."""
+        if parse_request_id(str(RequestId("once", batch, 0, 0))) is None or batch in _open:
+            raise ValueError(f"{batch!r} is not the id of a new batch")
         self._manager = manager
+        self._batch = batch
         self._bodies: list[dict[str, Any]] = []
+        self._programs: list[int] = []  # of these bodies
+        self._going_on: set[int] = set()  # programs that will send more
         self._untokenized: list[dict[str, Any]] = []  # of these bodies
         self._untokenized_size = 0  # characters
-        self._more = False
-        self._prefix = ""  # of the request ids
         self._unprepared: set[str] = set()  # ids of requests that SGLang has yet to tokenize
         self._tokenized: list[Any] = []  # TokenizedGenerateReqInput
         self._tasks: set[asyncio.Task[None]] = set()
+        self._sent = asyncio.Event()
+        self._holds = False
         self._unanswered = 0
         self._answers: asyncio.Queue[bytes] = asyncio.Queue()
 
@@ -60,8 +65,11 @@ class HandOver:
         for line in lines:
             entry = orjson.loads(line)
             body: dict[str, Any] = entry["request"]
-            self._more |= bool(entry["more"])
+            program = int(entry["program"])
+            if entry["more"]:
+                self._going_on.add(program)
             self._bodies.append(body)
+            self._programs.append(program)
             if body.get("text") and self._manager.tokenizer is not None:
                 self._untokenized.append(body)
                 self._untokenized_size += len(body["text"])
@@ -85,11 +93,14 @@ class HandOver:
             # all that SGLang has loaded: a third of the time until the first answer.
             _frozen.add(self._manager)
             await self._manager.freeze_gc()
-        self._prefix = f"{KEPT_RID if self._more else _ONCE_RID}{uuid.uuid4().hex}-"
-        _gathering[self._prefix] = self
+        self._holds = bool(self._going_on)
+        _open[self._batch] = self
         bodies, self._bodies = self._bodies, []
         self._unanswered = len(bodies)
-        rids = [f"{self._prefix}{index}" for index in range(len(bodies))]
+        rids = [
+            str(RequestId(self._turn(program), self._batch, program, index))
+            for index, program in enumerate(self._programs)
+        ]
         self._unprepared = set(rids)
         for index, (rid, body) in enumerate(zip(rids, bodies, strict=True)):
             task = asyncio.create_task(self._answer(index, rid, body))
@@ -97,6 +108,9 @@ class HandOver:
             task.add_done_callback(self._tasks.discard)
             if index % _START_SLICE == 0:
                 await asyncio.sleep(0)
+
+    def _turn(self, program: int) -> Literal["once", "first"]:
+        return "first" if program in self._going_on else "once"
 
     async def _answer(self, index: int, rid: str, body: dict[str, Any]) -> None:
         status: int = 200
@@ -118,15 +132,20 @@ class HandOver:
     def _prepared(self, rid: str) -> None:
         """The request is ready for the scheduler, or never will be."""
         self._unprepared.discard(rid)
-        if not self._unprepared and _gathering.pop(self._prefix, None) is not None:
+        if not self._unprepared:
             tokenized, self._tokenized = self._tokenized, []
             if tokenized:
                 self._manager._send_batch_request(tokenized)
+            self._sent.set()
 
     async def answers(self) -> AsyncIterator[bytes]:
-        """Lines of `exchange.answer_line` as requests finish, several at a time, and empty ones
-        as heartbeats."""
-        while self._unanswered:
+        """Lines of `exchange.answer_line` as requests finish, several at a time, and empty ones:
+        the first when the scheduler has all requests, then as heartbeats. Ends with the last
+        answer, but not before `end_programs` was told of every program that would go on."""
+        if self._unanswered:
+            await self._sent.wait()
+        yield b"\n"
+        while self._unanswered or self._going_on:
             try:
                 lines = [await asyncio.wait_for(self._answers.get(), HEARTBEAT_SECONDS)]
             except TimeoutError:
@@ -134,16 +153,36 @@ class HandOver:
                 continue
             while not self._answers.empty():
                 lines.append(self._answers.get_nowait())
-            self._unanswered -= len(lines)
-            yield b"".join(lines)
+            self._unanswered -= sum(map(bool, lines))
+            yield b"".join(lines) or b"\n"
+
+    def end_programs(self, programs: Iterable[int]) -> None:
+        self._going_on.difference_update(programs)
+        if not self._going_on:
+            self._answers.put_nowait(b"")
 
     async def abandon(self) -> None:
-        """Nobody waits for the answers any more: abort what has not finished."""
-        if _gathering.pop(self._prefix, None) is not None:
+        """Nobody waits for answers any more: abort what has not finished, release what is held."""
+        _open.pop(self._batch, None)
+        if self._unprepared:
+            self._tokenized.clear()
             for task in self._tasks:
                 task.cancel()
-        elif self._tasks:  # the scheduler's answers end them
-            self._manager._dispatch_to_scheduler(AbortReq(rid=self._prefix))
+            return
+        if self._tasks:  # the scheduler's answers end them
+            for turn in ("once", "first"):
+                prefix = RequestId.prefix(turn, self._batch)
+                self._manager._dispatch_to_scheduler(AbortReq(rid=prefix))
+        if self._holds:
+            self._manager._dispatch_to_scheduler(ReleaseTexts(batch=self._batch))
+
+
+def end_programs(manager: TokenizerManager, batch: str, programs: list[int]) -> None:
+    """These programs of a batch send no more requests: what is held for them may go."""
+    manager._dispatch_to_scheduler(ReleaseTexts(batch=batch, programs=programs))
+    handover = _open.get(batch)
+    if handover is not None:  # else another process of the server has it
+        handover.end_programs(programs)
 
 
 def gather(
@@ -153,8 +192,9 @@ def gather(
 ) -> None:
     """Wraps TokenizerManager._send_one_request: requests of a hand-over leave together."""
     rid = tokenized.rid or ""
-    handover = _gathering.get(rid[: rid.rfind("-") + 1])
-    if handover is None:
+    asked = parse_request_id(rid)
+    handover = None if asked is None else _open.get(asked.batch)
+    if handover is None or rid not in handover._unprepared:
         send_one(manager, tokenized)
     else:
         handover._tokenized.append(tokenized)

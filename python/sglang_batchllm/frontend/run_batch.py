@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -19,6 +19,7 @@ from sglang.lang.ir import SglFunction, SglSamplingParams
 from sglang_batchllm.frontend.channel import Channel, find_channel
 from sglang_batchllm.frontend.exchange import Reply, listening, request_line
 from sglang_batchllm.frontend.tracing import Replay, Trace, trace_program
+from sglang_batchllm.request_ids import new_batch_id
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +73,18 @@ traced, sent and tokenized. Their KV stays cached for the others."""
 
 
 class _Start:
-    """A program whose first requests were handed over, until all of their answers are there."""
+    """A program whose first requests were handed over, until all of their answers are there.
 
-    __slots__ = ("answers", "index", "missing", "trace")
+    batch: the id of the hand-over. more: whether the server expects more requests of it.
+    """
 
-    def __init__(self, index: int, trace: Trace):
+    __slots__ = ("answers", "batch", "index", "missing", "more", "trace")
+
+    def __init__(self, index: int, trace: Trace, batch: str, more: bool):
         self.index = index
         self.trace = trace
+        self.batch = batch
+        self.more = more
         self.missing = len(trace.requests)
         self.answers: list[Reply | None] = [None] * self.missing
 
@@ -106,10 +112,12 @@ class _Batch:
         self._arguments = arguments
         self._sampling = sampling
         self._pool = ThreadPoolExecutor(min(num_threads, len(arguments)))
-        self._ready: deque[tuple[int, Replay]] = deque()
+        self._ready: deque[tuple[_Start, Replay]] = deque()
         self._untraced: deque[int] = deque()
         self._started = bytearray(len(arguments))  # flags
         self._stopped = False
+        self._ended: deque[_Start] = deque()  # of which the server has yet to be told
+        self._telling = threading.Lock()
         self._changed = threading.Condition()
         self._unfinished = len(arguments)
         self._results: list[ProgramState | BaseException | None] = [None] * len(arguments)
@@ -152,24 +160,23 @@ class _Batch:
 
     def _feed(self, parts: Iterator[range]) -> None:
         """Hand the next of `parts` over; a thread of its own does the same for the one after it,
-        once this one is sent."""
+        once the server has this one."""
         part = next(parts, None)
         if part is None:
             return
         others = threading.Thread(target=self._feed, args=(parts,), daemon=True)
         sent: list[tuple[_Start, int] | None] = []  # program and place in its trace
-
-        def request_lines() -> Iterator[bytes]:
-            for index in part:
-                yield from self._trace(index, sent, keep=part.stop < len(self._arguments))
-            others.start()
-
+        batch = new_batch_id()
+        keep = part.stop < len(self._arguments)
+        lines = (line for index in part for line in self._trace(index, sent, batch, keep))
         try:
-            for answer in self._channel.hand_over(request_lines()):
-                if self._stopped:
+            for answer in self._channel.hand_over(batch, lines):
+                if self._stopped or not self._unfinished:
                     break
                 if answer is not None:
                     self._deliver(sent, *answer)
+                elif others.ident is None:
+                    others.start()
         except Exception as error:
             if not self._stopped:
                 logger.warning("The rest of the batch runs as it comes: %r", error)
@@ -181,7 +188,7 @@ class _Batch:
         others.join()
 
     def _trace(
-        self, index: int, sent: list[tuple[_Start, int] | None], keep: bool
+        self, index: int, sent: list[tuple[_Start, int] | None], batch: str, keep: bool
     ) -> Iterator[bytes]:
         """The lines of a program. keep: whether others will use the KV of this part."""
         if self._stopped:
@@ -192,10 +199,10 @@ class _Batch:
         if not trace.requests:
             self._start(index, None)
             return
-        start = _Start(index, trace)
+        start = _Start(index, trace, batch, keep or trace.more)
         for place, body in enumerate(trace.requests):
             sent.append((start, place))
-            yield request_line(body, keep or trace.more)
+            yield request_line(index, body, start.more)
         trace.requests.clear()  # they are large
 
     def _deliver(self, sent: list[tuple[_Start, int] | None], request: int, reply: Reply) -> None:
@@ -205,25 +212,28 @@ class _Batch:
         start.answers[place] = reply
         start.missing -= 1
         if not start.missing:
-            self._start(start.index, Replay(start.trace, start.answers))
+            self._start(start.index, start)
 
-    def _start(self, index: int, replay: Replay | None) -> None:
+    def _start(self, index: int, start: _Start | None) -> None:
         if self._stopped:
             return
         self._started[index] = True
-        if replay is None:
+        if start is None:
             self._untraced.append(index)
         else:
-            self._ready.append((index, replay))
+            replay = Replay(start.trace, start.answers, start.batch, index)
+            self._ready.append((start, replay))
         self._pool.submit(self._run_next)
 
     # In the pool's threads
 
     def _run_next(self) -> None:
+        start = replay = None
         try:
-            index, replay = self._ready.popleft()
+            start, replay = self._ready.popleft()
+            index = start.index
         except IndexError:
-            index, replay = self._untraced.popleft(), None
+            index = self._untraced.popleft()
         result: ProgramState | BaseException
         try:
             with nullcontext() if replay is None else listening(replay):
@@ -244,3 +254,22 @@ class _Batch:
             if self._bar is not None:
                 self._bar.update()
             self._changed.notify()
+        if start is not None and start.more:
+            self._ended.append(start)
+            self._tell_ended()
+
+    def _tell_ended(self) -> None:
+        """Tell the server which programs have ended; one thread does for all that come meanwhile.
+        What it is not told is released when the hand-over's connection closes."""
+        while self._ended and self._telling.acquire(blocking=False):
+            try:
+                ended: defaultdict[str, list[int]] = defaultdict(list)
+                while self._ended:
+                    start = self._ended.popleft()
+                    ended[start.batch].append(start.index)
+                for batch, programs in ended.items():
+                    self._channel.end_programs(batch, programs)
+            except Exception as error:
+                logger.debug("The server was not told that programs ended: %r", error)
+            finally:
+                self._telling.release()

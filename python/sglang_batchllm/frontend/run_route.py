@@ -14,9 +14,11 @@ RUN_PATH = "/batchllm/run"
 def add_run_route(server_args: ServerArgs, *_: Any, **__: Any) -> None:
     """Runs before SGLang sets its HTTP server up, so that the API key guards the route too.
 
-    ``GET`` says how many requests the server runs at a time. ``POST`` takes lines of
-    `exchange.request_line`, and answers with lines of `exchange.answer_line` in the order in
-    which requests finish. When the client closes the connection, what remains is aborted.
+    ``GET`` says how many requests the server runs at a time. ``POST`` to ``/{batch}`` takes lines
+    of `exchange.request_line`, and answers with lines of `exchange.answer_line` in the order in
+    which requests finish; see `HandOver.answers` for when it ends. When the client closes the
+    connection, what remains is aborted. ``POST`` to ``/{batch}/ended`` takes a list of programs
+    that send no more requests.
     """
     if not getattr(server_args, "batchllm", False):
         return
@@ -25,7 +27,7 @@ def add_run_route(server_args: ServerArgs, *_: Any, **__: Any) -> None:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
 
-    from sglang_batchllm.frontend.handover import HandOver
+    from sglang_batchllm.frontend.handover import HandOver, end_programs
 
     def manager() -> TokenizerManager:
         return http_server.get_global_state().tokenizer_manager  # type: ignore[return-value]
@@ -34,9 +36,9 @@ def add_run_route(server_args: ServerArgs, *_: Any, **__: Any) -> None:
         return await limits(manager())
 
     async def run(request: Request) -> Response:
-        handover = HandOver(manager())
         unread = b""
         try:
+            handover = HandOver(manager(), request.path_params["batch"])
             async for chunk in request.stream():
                 *lines, unread = (unread + chunk).split(b"\n")
                 await handover.add(lines)
@@ -51,8 +53,12 @@ def add_run_route(server_args: ServerArgs, *_: Any, **__: Any) -> None:
             background=BackgroundTask(handover.abandon),
         )
 
+    async def ended(batch: str, programs: list[int]) -> None:
+        end_programs(manager(), batch, programs)
+
     http_server.app.add_api_route(RUN_PATH, describe, methods=["GET"])
-    http_server.app.add_route(RUN_PATH, run, methods=["POST"])
+    http_server.app.add_route(RUN_PATH + "/{batch}", run, methods=["POST"])
+    http_server.app.add_api_route(RUN_PATH + "/{batch}/ended", ended, methods=["POST"])
 
 
 async def limits(manager: TokenizerManager) -> dict[str, int]:

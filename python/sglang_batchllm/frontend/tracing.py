@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ from sglang.lang.ir import (
 )
 
 from sglang_batchllm.frontend.exchange import Reply, encode, listening
+from sglang_batchllm.request_ids import RequestId
 
 _tracing: ContextVar[bool] = ContextVar("batchllm_tracing", default=False)
 
@@ -60,9 +62,14 @@ class Trace:
 
 
 class Replay:
-    """Gives a program the answers to the requests of its trace, each once."""
+    """Gives a program the answers to the requests of its trace, each once, and names its later
+    requests so that their texts are held until it ends."""
 
-    def __init__(self, trace: Trace, answers: Sequence[Reply | None]):
+    def __init__(self, trace: Trace, answers: Sequence[Reply | None], batch: str, program: int):
+        """batch, program: see `request_ids.RequestId`."""
+        self._batch = batch
+        self._program = program
+        self._numbers = itertools.count()
         self._cached = trace.cached
         self._replies: dict[bytes, deque[Reply]] = {}
         for digest, reply in zip(trace.digests, answers, strict=True):
@@ -73,9 +80,14 @@ class Replay:
         """See `exchange.Listener`; None for a request that is not as it was traced."""
         replies = self._replies.get(_digest(encode(body)))
         try:
-            return replies.popleft() if replies else None
+            if replies:
+                return replies.popleft()
         except IndexError:  # another fork took the last one
-            return None
+            pass
+        if isinstance(body.get("text"), str) and body["sampling_params"].get("n", 1) == 1:
+            number = next(self._numbers)
+            body["rid"] = str(RequestId("later", self._batch, self._program, number))
+        return None
 
     def is_cached(self, text: str) -> bool:
         return _digest(text.encode()) in self._cached

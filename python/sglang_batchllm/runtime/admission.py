@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Admission:
     """Chooses from an intake what the KV pool can hold until it ends; see `MemoryForecast`.
 
-    Lists handed over whole and requests that came one by one take turns at going first, so
-    neither starves; within each, the older goes first.
+    Later turns of programs go first, since these hold memory until they end. Lists handed over
+    whole and requests that came one by one take turns at following, so neither starves; within
+    each, the older goes first.
     """
 
     def __init__(self, intake: Intake, capacity: int):
@@ -42,10 +43,12 @@ class Admission:
         intake = self._intake
         intake.close_gathering()
         self._lists_first = not self._lists_first
-        waves_lane: list[list[Req] | PlannedBatch] = [intake.loose, *intake.waves]
-        lanes = (
-            [*intake.batches, *waves_lane] if self._lists_first else [*waves_lane, *intake.batches]
-        )
+        lists: list[list[Req] | PlannedBatch] = [*intake.batches]
+        lone = [intake.loose, *(wave for wave in intake.waves if not wave.urgent)]
+        lanes = [
+            *(wave for wave in intake.waves if wave.urgent),
+            *(lists + lone if self._lists_first else lone + lists),
+        ]
         forecast = MemoryForecast(self._capacity, self._capacity - available)
         lookaheads = self._look_ahead(running, lanes, forecast)
         pinned = intake.pinned_tokens

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sglang_batchllm.planning import BatchPlan, plan_batch
+from sglang_batchllm.request_ids import parse_request_id
 from sglang_batchllm.runtime.outputs import OutputLengths, hinted_output, most_output
 from sglang_batchllm.runtime.pins import ROOT, Member, PinnedTree, PrefixStore
 from sglang_batchllm.runtime.report import BatchReport
@@ -41,9 +42,11 @@ def batch_of(req: Req) -> Planned | None:
 class PlannedBatch:
     """The requests of one plan and the state of their shared prefixes.
 
-    private: the batch was handed over whole, so its prefixes are of no use to requests outside
-        it and leave the cache with it. Otherwise they were gathered as they came, more of their
-        kind may follow, and they are cached as SGLang does.
+    private: the batch was handed over whole and nothing continues its texts, so its prefixes are
+        of no use to requests outside it and leave the cache with it. Otherwise they are cached as
+        SGLang does.
+    continued: for each request whether its text stays in memory for a later turn, see
+        `held.HeldTexts`. urgent: there are later turns in this batch.
     largest_need: tokens of the largest request, prompt and expected output.
     hints: each request's expected output by its caller, in tokens, or None.
     lengths, group_lengths: output lengths of what has finished, in all and by group.
@@ -57,8 +60,13 @@ class PlannedBatch:
         store: PrefixStore,
         page_size: int,
         report: BatchReport,
-        private: bool,
+        whole: bool,
     ):
+        """whole: the requests were handed over in one call, not gathered as they came."""
+        turns = [asked and asked.turn for asked in (parse_request_id(req.rid) for req in requests)]
+        self.continued = [turn in ("first", "later") for turn in turns]
+        self.urgent = "later" in turns
+        self.private = whole and not any(self.continued)
         self.hints = [hinted_output(req.rid) for req in requests]
         outputs = [
             most_output(req) if hint is None else min(hint, most_output(req))
@@ -70,8 +78,7 @@ class PlannedBatch:
             outputs,
             namespaces=[r.extra_key for r in requests],
         )
-        self.pins = PinnedTree(self.plan, store, free_on_release=private)
-        self.private = private
+        self.pins = PinnedTree(self.plan, store, free_on_release=self.private)
         self.report = report
         report.add_plan(self.plan)
         self._group_of: list[int] = self.plan.group_of.tolist()

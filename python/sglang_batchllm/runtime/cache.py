@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,17 +10,12 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
+from sglang_batchllm.request_ids import parse_request_id
 from sglang_batchllm.runtime.batch import batch_of
-from sglang_batchllm.runtime.intake import KEPT_RID
+from sglang_batchllm.runtime.held import HeldTexts
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
-
-
-LINGER_STEPS = 32
-"""Forward steps for which the KV of a text that other requests will continue stays locked after
-its request has finished: about as long as a client takes to send the next turn. Counted in steps,
-not seconds, so that all ranks let go together."""
 
 
 def create_cache(context: TreeCacheBuildContext) -> PinnedGroupCache:
@@ -35,15 +29,15 @@ class PinnedGroupCache(RadixCache):
     Of a request in a batch that was handed over whole, only the prefix that others share enters
     the tree, as soon as it has slots; the batch pins it (`pin`), and `unpin` frees it at once
     after its last use. Its private suffix stays with the request and is freed when that ends, so
-    nothing of such a batch is left to LRU. All other requests are cached as SGLang does, and those
-    whose texts will be continued stay locked for `LINGER_STEPS`, so that memory pressure between
-    two turns does not evict what the second one needs.
+    nothing of such a batch is left to LRU. All other requests are cached as SGLang does.
+
+    held: the texts of programs that go on, so that memory pressure between two turns does not
+        evict what the next one needs.
     """
 
     def reset(self) -> None:
         super().reset()
-        self._lingering: deque[tuple[int, TreeNode]] = deque()  # last step, locked node
-        self._step = 0
+        self.held = HeldTexts(self)
 
     def publish(self, req: Req) -> int:
         """Share the prompt tokens of `req` that have slots, although its pass has yet to run, and
@@ -82,9 +76,10 @@ class PinnedGroupCache(RadixCache):
             req, is_insert=is_insert and not private, kv_len_to_handle=kv_len_to_handle
         )
         ended = req.finished() and not isinstance(req.finished_reason, FINISH_ABORT)
-        if ended and is_insert and req.rid.startswith(KEPT_RID):
+        asked = parse_request_id(req.rid)
+        if asked is not None and ended and is_insert:
             text = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
-            self._linger(text, req.extra_key)
+            self.held.hold(asked, text, req.extra_key)
         if planned is None:
             return
         if planned.member.claimed and private and last_node is not None:
@@ -92,29 +87,16 @@ class PinnedGroupCache(RadixCache):
             self._free_upwards(last_node, depth, planned.member.matched)
         planned.batch.leave(planned.member, req)
 
-    def _linger(self, text: array, namespace: str | None) -> None:
-        node = self._match(text, namespace, len(text)).last_device_node
+    def lock(self, tokens: array, namespace: str | None) -> tuple[TreeNode, int]:
+        """See `held.TextStore`."""
+        node = self._match(tokens, namespace, len(tokens)).last_device_node
+        before = self.protected_size()
         self.inc_lock_ref(node)
-        self._lingering.append((self._step + LINGER_STEPS, node))
+        return node, self.protected_size() - before
 
-    @property
-    def lingering(self) -> int:
-        """Texts that are locked only for being continued."""
-        return len(self._lingering)
-
-    def advance(self) -> bool:
-        """A forward step has been scheduled: unlock what has lingered long enough. Returns whether
-        there was any."""
-        self._step += 1
-        before = self.lingering
-        while self._lingering and self._lingering[0][0] < self._step:
-            self.stop_lingering(1)
-        return self.lingering < before
-
-    def stop_lingering(self, texts: int) -> None:
-        """Unlock the oldest `texts` of those that linger."""
-        for _ in range(min(texts, len(self._lingering))):
-            self.dec_lock_ref(self._lingering.popleft()[1])
+    def unlock(self, handle: TreeNode) -> None:
+        """See `held.TextStore`."""
+        self.dec_lock_ref(handle)
 
     def _match(self, tokens: array, namespace: str | None, limit: int) -> MatchResult:
         key = RadixKey(token_ids=tokens, extra_key=namespace, limit=limit)

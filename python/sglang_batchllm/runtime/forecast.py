@@ -23,27 +23,32 @@ class MemoryForecast:
         self._used = used
         self._growth = 0.0
         self._requests = 0
-        self._new: list[tuple[float, int, int]] = []
+        self._new: list[tuple[float, int, float]] = []
         self._steps = np.empty(0)
         self._counts = np.empty(0)
         self._freed = np.empty(0)
         self.refused = False
 
-    def add(self, steps: float, freed: int, count: int = 1) -> None:
-        """In `steps` decode steps, `count` requests end and give back `freed` tokens that are in
-        use now. count 0: a shared prefix that is let go then."""
+    def add(self, steps: float, freed: float, count: int = 1) -> None:
+        """In `steps` decode steps, `count` requests end and give back what they have decoded until
+        then and `freed` tokens that are in use now. count 0: a shared prefix that is let go."""
         self._new.append((steps, count, freed))
         self._growth += steps * count
         self._requests += count
 
-    def admit(self, tokens: int, steps: float, count: int = 1, prefix: int = 0) -> bool:
+    def admit(
+        self, tokens: int, steps: float, count: int = 1, prefix: int = 0, kept: bool = False
+    ) -> bool:
         """Add `count` requests that together take `tokens` of their own and `prefix` tokens that
         outlive them, and run for `steps` decode steps, if the pool holds all to the end. The very
-        first request always may: nobody would make room for it."""
+        first request always may: nobody would make room for it.
+
+        kept: their own tokens and what they decode outlive them too.
+        """
         if self.refused:
             return False
         alone = not self._requests
-        self.add(steps, tokens, count)
+        self.add(steps, -steps * count if kept else tokens, count)
         self._used += tokens + prefix
         fits = alone or self._used + self._growth <= self._capacity
         if not fits and self._peak() > self._capacity:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sglang_batchllm.request_ids import parse_request_id
 from sglang_batchllm.runtime.batch import PlannedBatch, batch_of
 from sglang_batchllm.runtime.pins import PrefixStore
 from sglang_batchllm.runtime.report import BatchReport
@@ -22,10 +23,6 @@ QUIET_SECONDS = 0.002
 
 KEPT_REPORTS = 64
 
-KEPT_RID = "batchllm-kept-"
-"""The ids of a list's requests begin like this if other requests will continue their texts: their
-KV is cached as SGLang does."""
-
 
 class Intake:
     """Every request that waits, by how it is to be scheduled.
@@ -33,6 +30,7 @@ class Intake:
     batches: planned and not finished, oldest first; lists handed over whole.
     waves: planned and not finished, oldest first; requests gathered as they came.
     loose: requests to be scheduled as SGLang does, in order of arrival.
+    gathering: requests that arrived alone and are not planned yet.
 
     A request that arrives alone joins the gathering, which becomes a wave after
     `gather_seconds` at most, or when arrivals pause, but not before the wave ahead of it is
@@ -54,7 +52,7 @@ class Intake:
         self.batches: list[PlannedBatch] = []
         self.waves: list[PlannedBatch] = []
         self.loose: list[Req] = []
-        self._gathering: list[Req] = []
+        self.gathering: list[Req] = []
         self._first_arrival = self._last_arrival = 0.0
         self._gathered: BatchReport | None = None  # of all waves since none was left last
         self._reports: deque[BatchReport] = deque(maxlen=KEPT_REPORTS)
@@ -70,9 +68,9 @@ class Intake:
             planned.batch.enqueue(planned.member)
         elif _can_share(req):
             self._last_arrival = time.monotonic()
-            if not self._gathering:
+            if not self.gathering:
                 self._first_arrival = self._last_arrival
-            self._gathering.append(req)
+            self.gathering.append(req)
         else:
             self.loose.append(req)
 
@@ -90,7 +88,7 @@ class Intake:
 
     def close_gathering(self) -> bool:
         """Turn the gathering into a wave if it is time; False while requests are held back."""
-        if not self._gathering:
+        if not self.gathering:
             return True
         if any(wave.num_waiting for wave in self.waves):
             return False
@@ -101,8 +99,8 @@ class Intake:
         )
         if not self._agree(due):
             return False
-        requests, self._gathering = self._gathering, []
-        if len(requests) == 1:
+        requests, self.gathering = self.gathering, []
+        if len(requests) == 1 and not _is_later_turn(requests[0]):
             self.loose += requests
         else:
             self._plan(requests, self.waves)
@@ -116,7 +114,7 @@ class Intake:
         waiting: ids of the request objects in it.
         """
         self.loose = [req for req in self.loose if id(req) in waiting]
-        self._gathering = [req for req in self._gathering if id(req) in waiting]
+        self.gathering = [req for req in self.gathering if id(req) in waiting]
         for batch in self.planned:
             for req in batch.waiting():
                 planned = batch_of(req)
@@ -130,7 +128,7 @@ class Intake:
                 self._close(batch.report)
         self.batches = [batch for batch in self.batches if batch.unfinished]
         self.waves = [wave for wave in self.waves if wave.unfinished]
-        if self._gathered is not None and not self.waves and not self._gathering:
+        if self._gathered is not None and not self.waves and not self.gathering:
             self._close(self._gathered)
             self._gathered = None
 
@@ -161,16 +159,20 @@ class Intake:
     def _plan(self, requests: list[Req], into: list[PlannedBatch]) -> None:
         if into is self.batches:
             report = BatchReport("batch")
-            private = not requests[0].rid.startswith(KEPT_RID)
         else:
             report = self._gathered = self._gathered or BatchReport("gathered")
-            private = False
-        into.append(PlannedBatch(requests, self._store, self._page_size, report, private))
+        whole = into is self.batches
+        into.append(PlannedBatch(requests, self._store, self._page_size, report, whole))
 
     def _close(self, report: BatchReport) -> None:
         report.ended = time.time()
         self._reports.append(report)
         logger.info("%s", report)
+
+
+def _is_later_turn(req: Req) -> bool:
+    asked = parse_request_id(req.rid)
+    return asked is not None and asked.turn == "later"
 
 
 def _can_share(req: Req) -> bool:

@@ -43,9 +43,8 @@ class Lookahead:
         depth = batch.pins.depth
         for req, member in running:
             steps = self._expected_steps(req, member)
-            forecast.add(
-                steps, len(req.origin_input_ids) + len(req.output_ids) - depth[member.home]
-            )
+            own = len(req.origin_input_ids) + len(req.output_ids) - depth[member.home]
+            forecast.add(steps, -steps if batch.continued[member.index] else own)
             self._use(member, steps)
         for node in list(self._last_use):
             if not batch.has_waiting(node):
@@ -79,7 +78,9 @@ class Lookahead:
         held = pins.held_elsewhere(member, opened)
         own -= max(held - opened, 0)
         prefix = max(opened - held, 0)
-        if not self._forecast.admit(own + self._batch.page_slack, steps, prefix=prefix):
+        own += self._batch.page_slack
+        kept = self._batch.continued[member.index]
+        if not self._forecast.admit(own, steps, prefix=prefix, kept=kept):
             return False
         self._use(member, steps)
         self._pass(member, next_position)
@@ -95,7 +96,9 @@ class Lookahead:
         batch = self._batch
         tokens = batch.tokens_to_compute(positions) * waiting // len(positions)
         steps = self._expected_steps(req, member)
-        if not self._forecast.admit(tokens + waiting * batch.page_slack, steps, count=waiting):
+        tokens += waiting * batch.page_slack
+        kept = batch.continued[member.index]
+        if not self._forecast.admit(tokens, steps, count=waiting, kept=kept):
             return False
         self._use(member, steps)
         self._pass(member, positions.stop)

@@ -6,18 +6,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import filterfalse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.utils import broadcast_pyobj
+from sglang.utils import TypeBasedDispatcher
 
 from sglang_batchllm import plugin
 from sglang_batchllm.args import ATTENTION_BACKEND, BatchLLMServerArgs
 from sglang_batchllm.attention import GroupTable, get_group_table
+from sglang_batchllm.request_ids import parse_request_id
 from sglang_batchllm.runtime.admission import Admission, tokens_to_prefill
 from sglang_batchllm.runtime.batch import batch_of
 from sglang_batchllm.runtime.cache import PinnedGroupCache
+from sglang_batchllm.runtime.held import ReleaseTexts
 from sglang_batchllm.runtime.intake import Intake
 
 if TYPE_CHECKING:
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 
-LINGER_SECONDS = 0.05
+T = TypeVar("T")
+
+IDLE_SECONDS = 0.05
 """For how long nothing runs at most because texts that wait for their next turn hold the KV."""
 
 
@@ -69,6 +74,14 @@ class BatchLLMScheduler(Scheduler):
 
     # Intake
 
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        self._request_dispatcher += TypeBasedDispatcher([(ReleaseTexts, self.release_texts)])
+
+    def release_texts(self, recv_req: ReleaseTexts) -> None:
+        self._cache.held.release(recv_req.batch, recv_req.programs)
+        self.running_batch.batch_is_full = False
+
     def handle_batch_generate_request(self, recv_req: BatchTokenizedGenerateReqInput) -> None:
         waiting, compiling = len(self.waiting_queue), len(self.grammar_manager.grammar_queue)
         self._receiving_list = True
@@ -80,6 +93,10 @@ class BatchLLMScheduler(Scheduler):
         place = {tokenized.rid: index for index, tokenized in enumerate(recv_req)}
         requests = queued + self.grammar_manager.grammar_queue[compiling:]
         requests.sort(key=lambda req: place[req.rid])
+        for req in requests:
+            asked = parse_request_id(req.rid)
+            if asked is not None and asked.turn == "first":
+                self._cache.held.expect(asked.batch)
         self.intake.plan_list(requests, queued)
 
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
@@ -113,7 +130,7 @@ class BatchLLMScheduler(Scheduler):
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         self.intake.retire()
-        self._let_texts_go(running_batch)
+        self._make_room(running_batch)
         free = (
             self._cache.evictable_size() + self._cache.token_to_kv_pool_allocator.available_size()
         )
@@ -127,8 +144,10 @@ class BatchLLMScheduler(Scheduler):
                 (self.chunked_prefill_size or self.max_prefill_tokens) - self._chunk_left(),
                 self.get_num_allocatable_reqs(len(running_batch.reqs)),
             )
-            if refused and not chosen:  # SGLang asks again once a request has ended
-                running_batch.batch_is_full = bool(holding)
+            if refused and self._cache.held:
+                self._cache.held.release_oldest(self._agree(self._cache.held.num_expired()))
+            if refused and not chosen and not self.intake.gathering:
+                running_batch.batch_is_full = bool(holding)  # until a request has ended
         self.is_mixed_chunk = self._mixes(running_batch, chosen, free)
         self._held_back, self.waiting_queue = self.waiting_queue, list(chosen)
         if chosen:  # most steps choose none, and a long queue should cost them nothing
@@ -153,25 +172,24 @@ class BatchLLMScheduler(Scheduler):
         if self._group_table is not None and reqs:
             self._enter_groups(self._group_table, reqs)
         if chosen and batch is None and plan.running_batch.is_empty() and self.chunked_req is None:
-            if not self._cache.lingering:
+            if not self._cache.held:
                 self.admission.give_up_pins(chosen[0])
             plan.running_batch.batch_is_full = False
         return plan
 
-    def _let_texts_go(self, running_batch: ScheduleBatch) -> None:
-        """Unlock texts that were kept for their next turn, when it has not come in time."""
-        lingering = self._cache.lingering
-        if self.forward_ct != self._seen_forward_ct:
+    def _make_room(self, running_batch: ScheduleBatch) -> None:
+        """Give held texts up where they keep everything else from running, and look at the queue
+        again when a later turn may have come."""
+        if self.forward_ct != self._seen_forward_ct or not running_batch.is_empty():
             self._seen_forward_ct = self.forward_ct
             self._last_forward = time.monotonic()
-            if self._cache.advance():
-                running_batch.batch_is_full = False
-        elif lingering and running_batch.is_empty():
-            if not self.waiting_queue:
-                self._cache.stop_lingering(lingering)  # nobody competes for their memory
-            elif self._agree(time.monotonic() - self._last_forward > LINGER_SECONDS):
-                self._cache.stop_lingering(1)  # they hold so much that nothing can run
-        if lingering and self._arrived:
+        elif (
+            self._cache.held
+            and self.waiting_queue
+            and self._agree(time.monotonic() - self._last_forward > IDLE_SECONDS)
+        ):
+            self._cache.held.release_oldest()
+        if self._cache.held and self._arrived:
             running_batch.batch_is_full = False
         self._arrived = False
 
@@ -211,15 +229,15 @@ class BatchLLMScheduler(Scheduler):
         table.assign(rows, ids, lengths)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
-        if self._cache.lingering and not batch.check_decode_mem():
-            self._cache.stop_lingering(self._cache.lingering)
+        unfinished = [index for index, req in enumerate(batch.reqs) if not req.finished()]
+        while self._cache.held and not batch.check_decode_mem(unfinished):
+            self._cache.held.release_oldest()
         # SGLang retracts requests until the rest fits, but has to abort the last one.
-        unfinished = [req for req in batch.reqs if not req.finished()]
-        if len(unfinished) == 1 and not batch.check_decode_mem():
-            self.admission.give_up_pins(unfinished[0])
+        if len(unfinished) == 1 and not batch.check_decode_mem(unfinished):
+            self.admission.give_up_pins(batch.reqs[unfinished[0]])
         return super().update_running_batch(batch)
 
-    def _agree(self, decision: bool) -> bool:
+    def _agree(self, decision: T) -> T:
         """The decision of the first rank; clocks differ between ranks, batches must not."""
         if self.ps.tp_size == 1:
             return decision
@@ -238,6 +256,7 @@ class BatchLLMScheduler(Scheduler):
                 "free": self._cache.token_to_kv_pool_allocator.available_size(),
                 "evictable": self._cache.evictable_size(),
                 "pinned": self.intake.pinned_tokens,
+                "held": self._cache.held.tokens,
             }
         }
         return output
