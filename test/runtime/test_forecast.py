@@ -1,8 +1,10 @@
 """Admission by memory: the forecast against a step-by-step count, and what lengths are expected."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,11 +69,23 @@ def test_a_prefix_is_charged_once_and_let_go_with_its_last_use():
 
 def test_many_at_once_are_as_many_one_by_one():
     one_by_one, at_once = MemoryForecast(200, 10), MemoryForecast(200, 10)
-    for forecast in (one_by_one, at_once):
-        forecast.add(7, 10)
+    one_by_one.add(7, 10)
+    one_by_one.add(9, 20)
+    at_once.add_all(np.array([9, 7]), np.array([20, 10]))
     assert all(one_by_one.admit(5, 12) for _ in range(10))
     assert at_once.admit(50, 12, count=10)
     assert one_by_one.admit(5, 12) == at_once.admit(5, 12)
+
+
+def test_what_is_kept_is_never_given_back():
+    forecast = MemoryForecast(100, 0)
+    assert forecast.admit(40, 10, kept=True)
+    assert forecast.admit(10, 30)
+    assert not forecast.admit(20, 30), "50 are kept, 40 and 50 would grow beside them"
+    forecast = MemoryForecast(100, 0)
+    assert forecast.admit(40, 10)
+    assert forecast.admit(10, 30)
+    assert forecast.admit(20, 30)
 
 
 def make_request(decoded: int, max_new_tokens: int) -> Any:
@@ -81,7 +95,7 @@ def make_request(decoded: int, max_new_tokens: int) -> Any:
 
 def test_expected_output():
     assert hinted_output("doc-7#out=120") == 120
-    assert hinted_output("doc-7#out=120b") is None
+    assert math.isnan(hinted_output("doc-7#out=120b"))
     assert most_output(make_request(30, 100)) == 70
     assert most_output(make_request(30, 20)) == 0
     assert most_output(make_request(0, 10**9)) == 4096

@@ -99,8 +99,7 @@ class Simulation:
         max_requests: int,
         may_open: Callable[[int, bool], bool] = lambda tokens, is_first: True,
     ) -> list[Any]:
-        running = [(request, batch_of(request).member) for request in self.running]
-        lookahead = Lookahead(self.batch, running, MemoryForecast(10**9, 0))
+        lookahead = Lookahead(self.batch, MemoryForecast(10**9, 0))
         return self.batch.select(max_tokens, max_requests, lookahead, may_open)
 
     def prefill_step(self) -> None:

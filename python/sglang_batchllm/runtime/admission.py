@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sglang_batchllm.runtime.batch import PlannedBatch, batch_of
 from sglang_batchllm.runtime.forecast import MemoryForecast
 from sglang_batchllm.runtime.intake import Intake
-from sglang_batchllm.runtime.lookahead import EXTRA_STEPS, Lookahead
-from sglang_batchllm.runtime.outputs import most_output
-from sglang_batchllm.runtime.pins import Member
+from sglang_batchllm.runtime.lookahead import Lookahead
+from sglang_batchllm.runtime.outputs import EXTRA_STEPS, most_output
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -50,7 +48,11 @@ class Admission:
             *(lists + lone if self._lists_first else lone + lists),
         ]
         forecast = MemoryForecast(self._capacity, self._capacity - available)
-        lookaheads = self._look_ahead(running, lanes, forecast)
+        for req in running:
+            if batch_of(req) is None and not req.finished():
+                own = len(req.origin_input_ids) + len(req.output_ids)
+                forecast.add(most_output(req) + EXTRA_STEPS, own)
+        lookaheads = {id(batch): Lookahead(batch, forecast) for batch in intake.planned}
         pinned = intake.pinned_tokens
         reserve = max((batch.largest_need for batch in intake.planned), default=0)
         chosen: list[Req] = []
@@ -94,27 +96,6 @@ class Admission:
         for batch in self._intake.planned:
             member = planned.member if planned is not None and planned.batch is batch else None
             batch.report.relaxed_tokens += batch.pins.relax(member)
-
-    def _look_ahead(
-        self,
-        running: Iterable[Req],
-        lanes: Iterable[list[Req] | PlannedBatch],
-        forecast: MemoryForecast,
-    ) -> dict[int, Lookahead]:
-        """Forecast the running requests; returns each batch's part by the id of the batch."""
-        by_batch: defaultdict[int, list[tuple[Req, Member]]] = defaultdict(list)
-        for req in running:
-            planned = batch_of(req)
-            if planned is not None:
-                by_batch[id(planned.batch)].append((req, planned.member))
-            elif not req.finished():
-                own = len(req.origin_input_ids) + len(req.output_ids)
-                forecast.add(most_output(req) + EXTRA_STEPS, own)
-        return {
-            id(lane): Lookahead(lane, by_batch[id(lane)], forecast)
-            for lane in lanes
-            if isinstance(lane, PlannedBatch)
-        }
 
 
 def tokens_to_prefill(req: Req) -> int:

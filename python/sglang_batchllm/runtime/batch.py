@@ -42,13 +42,16 @@ def batch_of(req: Req) -> Planned | None:
 class PlannedBatch:
     """The requests of one plan and the state of their shared prefixes.
 
+    running: the requests that hold KV, by index.
     private: the batch was handed over whole and nothing continues its texts, so its prefixes are
         of no use to requests outside it and leave the cache with it. Otherwise they are cached as
         SGLang does.
     continued: for each request whether its text stays in memory for a later turn, see
         `held.HeldTexts`. urgent: there are later turns in this batch.
     largest_need: tokens of the largest request, prompt and expected output.
-    hints: each request's expected output by its caller, in tokens, or None.
+    hints: each request's expected output by its caller, in tokens, or NaN.
+    max_output: tokens that each may decode. home: its deepest shared node, or ROOT. own_tokens:
+        its prompt tokens below that.
     lengths, group_lengths: output lengths of what has finished, in all and by group.
     subtree_end: for each tree node, the position in the order just after its last request.
     page_slack: tokens that a request may hold beyond its own, by whole pages.
@@ -64,14 +67,13 @@ class PlannedBatch:
     ):
         """whole: the requests were handed over in one call, not gathered as they came."""
         turns = [asked and asked.turn for asked in (parse_request_id(req.rid) for req in requests)]
-        self.continued = [turn in ("first", "later") for turn in turns]
+        self.continued = np.array([turn in ("first", "later") for turn in turns])
         self.urgent = "later" in turns
-        self.private = whole and not any(self.continued)
-        self.hints = [hinted_output(req.rid) for req in requests]
-        outputs = [
-            most_output(req) if hint is None else min(hint, most_output(req))
-            for req, hint in zip(requests, self.hints, strict=True)
-        ]
+        self.private = whole and not self.continued.any()
+        self.hints = np.array([hinted_output(req.rid) for req in requests])
+        self.max_output = np.array([req.sampling_params.max_new_tokens or 0 for req in requests])
+        most = np.array([most_output(req) for req in requests])
+        outputs = np.fmin(self.hints, most).astype(np.int64)
         self.plan: BatchPlan = plan_batch(
             [r.origin_input_ids for r in requests],
             page_size,
@@ -97,6 +99,8 @@ class PlannedBatch:
         ]
         for req, member in zip(requests, self._members, strict=True):
             setattr(req, _ATTRIBUTE, Planned(self, member))
+        self.home = np.array(self.pins.home)
+        self.own_tokens = self.plan.prompt_lens - np.array(self.pins.depth)[self.home]
         self._order: list[int] = self.plan.order.tolist()
         self._position = [0] * len(requests)
         for position, index in enumerate(self._order):
@@ -106,6 +110,7 @@ class PlannedBatch:
             [[0], np.cumsum(self.plan.to_compute[self.plan.order], dtype=np.int64)]
         )
         self._waiting: list[int] = []  # positions in the order, ascending
+        self.running: dict[int, Req] = {}
 
     def enqueue(self, member: Member) -> None:
         """The member waits to be scheduled: at first, or again after a retraction."""
@@ -171,6 +176,7 @@ class PlannedBatch:
             return
         position = self._position[member.index]
         del self._waiting[bisect_left(self._waiting, position)]
+        self.running[member.index] = req
 
     def published(self, member: Member, computed: int) -> None:
         """Prompt tokens [0, computed) of a leader are in the cache now."""
@@ -213,6 +219,7 @@ class PlannedBatch:
             self.finish(member, req)
         else:
             self.pins.unclaim(member)
+            self.running.pop(member.index, None)
             self.report.retractions += 1
 
     def finish(self, member: Member, req: Req) -> None:
@@ -223,6 +230,7 @@ class PlannedBatch:
         at = bisect_left(self._waiting, position)
         if at < len(self._waiting) and self._waiting[at] == position:
             del self._waiting[at]
+        self.running.pop(member.index, None)
         self.pins.finish(member)
         self.unfinished -= 1
         if req.output_ids:

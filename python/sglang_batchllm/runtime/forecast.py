@@ -36,6 +36,14 @@ class MemoryForecast:
         self._growth += steps * count
         self._requests += count
 
+    def add_all(self, steps: np.ndarray, freed: np.ndarray) -> None:
+        """As `add`, for a request per entry."""
+        self._steps = np.concatenate([self._steps, steps])
+        self._counts = np.concatenate([self._counts, np.ones(len(steps))])
+        self._freed = np.concatenate([self._freed, freed])
+        self._growth += float(steps.sum())
+        self._requests += len(steps)
+
     def admit(
         self, tokens: int, steps: float, count: int = 1, prefix: int = 0, kept: bool = False
     ) -> bool:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sglang_batchllm.runtime.forecast import MemoryForecast
-from sglang_batchllm.runtime.outputs import most_output
+from sglang_batchllm.runtime.outputs import MAX_EXPECTED_OUTPUT, expected_steps, most_output
 from sglang_batchllm.runtime.pins import ROOT, Member
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
     from sglang_batchllm.runtime.batch import PlannedBatch
-
-EXTRA_STEPS = 1
-"""With overlap scheduling a request takes one more slot before it is known to have ended."""
 
 
 class Lookahead:
@@ -27,44 +24,49 @@ class Lookahead:
     counts as freed then as soon as none of those waits outside the forecast any more.
     """
 
-    def __init__(
-        self,
-        batch: PlannedBatch,
-        running: Sequence[tuple[Req, Member]],
-        forecast: MemoryForecast,
-    ):
+    def __init__(self, batch: PlannedBatch, forecast: MemoryForecast):
         self._batch = batch
         self._forecast = forecast
         self._last_use: dict[int, float] = {}  # shared node: steps until its last known use
-        self._decoded = Counter[int]()
-        for req, member in running:
-            self._decoded[batch.group_of(member)] += len(req.output_ids)
-        self._shown: dict[int, float] = {}  # group: what its finished requests let expect
-        depth = batch.pins.depth
-        for req, member in running:
-            steps = self._expected_steps(req, member)
-            own = len(req.origin_input_ids) + len(req.output_ids) - depth[member.home]
-            forecast.add(steps, -steps if batch.continued[member.index] else own)
-            self._use(member, steps)
+        running = batch.running
+        index = np.fromiter(running, np.int64, len(running))
+        decoded = np.fromiter(
+            (len(req.output_ids) for req in running.values()), np.int64, len(running)
+        )
+        groups = batch.plan.group_of[index]
+        self._decoded = np.bincount(groups + 1, decoded)  # of no group first
+        self._all_decoded = int(decoded.sum())
+        self._shown: dict[int, float] = {}  # group: steps that its finished requests let expect
+        present, place = np.unique(groups, return_inverse=True)
+        shown = np.array([self._shown_by(group) for group in present.tolist()])[place]
+        most = np.clip(batch.max_output[index] - decoded, 0, MAX_EXPECTED_OUTPUT)
+        steps = expected_steps(batch.hints[index], decoded, most, shown)
+        own = batch.own_tokens[index] + decoded
+        forecast.add_all(steps, np.where(batch.continued[index], -steps, own))
+        homes, place = np.unique(batch.home[index], return_inverse=True)
+        last = np.zeros(len(homes))
+        np.maximum.at(last, place, steps)
+        for node, until in zip(homes.tolist(), last.tolist(), strict=True):
+            self._use(node, until)
         for node in list(self._last_use):
             if not batch.has_waiting(node):
                 self._let_go(node)
 
+    def _shown_by(self, group: int) -> float:
+        """Decode steps to come of a request of the group, by what others of it have shown."""
+        steps = self._shown.get(group)
+        if steps is None:
+            decoded = self._decoded[group + 1] if group + 1 < len(self._decoded) else 0
+            steps = self._batch.group_lengths[group].remaining(decoded)
+            if steps is None:
+                steps = self._batch.lengths.remaining(self._all_decoded)
+            self._shown[group] = steps = math.inf if steps is None else float(steps)
+        return steps
+
     def _expected_steps(self, req: Req, member: Member) -> float:
-        """Decode steps for which the request is expected to hold its KV from now on."""
-        batch = self._batch
-        most = most_output(req)
-        hint = batch.hints[member.index]
-        if hint is not None and hint > len(req.output_ids):
-            return min(hint - len(req.output_ids), most) + EXTRA_STEPS
-        group = batch.group_of(member)
-        shown = self._shown.get(group)
-        if shown is None:
-            shown = batch.group_lengths[group].remaining(self._decoded[group])
-            if shown is None:
-                shown = batch.lengths.remaining(self._decoded.total())
-            self._shown[group] = shown = math.inf if shown is None else shown
-        return min(shown, most) + EXTRA_STEPS
+        hint = self._batch.hints[member.index]
+        shown = self._shown_by(self._batch.group_of(member))
+        return float(expected_steps(hint, len(req.output_ids), most_output(req), shown))
 
     def admit(self, req: Req, member: Member, opened: int, next_position: int) -> bool:
         """Whether there is room for a waiting request.
@@ -82,7 +84,7 @@ class Lookahead:
         kept = self._batch.continued[member.index]
         if not self._forecast.admit(own, steps, prefix=prefix, kept=kept):
             return False
-        self._use(member, steps)
+        self._use(member.home, steps)
         self._pass(member, next_position)
         return True
 
@@ -100,13 +102,12 @@ class Lookahead:
         kept = batch.continued[member.index]
         if not self._forecast.admit(tokens, steps, count=waiting, kept=kept):
             return False
-        self._use(member, steps)
+        self._use(member.home, steps)
         self._pass(member, positions.stop)
         return True
 
-    def _use(self, member: Member, steps: float) -> None:
+    def _use(self, node: int, steps: float) -> None:
         parent = self._batch.pins.parent
-        node = member.home
         while node != ROOT and self._last_use.get(node, -1.0) < steps:
             self._last_use[node] = steps
             node = parent[node]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -16,19 +19,33 @@ estimate at the same number by default."""
 ENOUGH_FINISHED = 8
 """Finished requests from which a length is estimated."""
 
+EXTRA_STEPS = 1
+"""With overlap scheduling a request takes one more slot before it is known to have ended."""
+
 _HINT = re.compile(r"#out=(\d+)$")
 
 
-def hinted_output(rid: str) -> int | None:
-    """The caller's hint: a request id that ends in ``#out=120`` announces about 120 tokens."""
+def hinted_output(rid: str) -> float:
+    """The caller's hint: a request id that ends in ``#out=120`` announces about 120 tokens. NaN
+    if there is none."""
     found = _HINT.search(rid)
-    return int(found[1]) if found else None
+    return float(found[1]) if found else math.nan
 
 
 def most_output(req: Req) -> int:
     """Tokens that the request may still decode, capped; SGLang fills in max_new_tokens."""
     left = (req.sampling_params.max_new_tokens or 0) - len(req.output_ids)
     return max(min(left, MAX_EXPECTED_OUTPUT), 0)
+
+
+def expected_steps(hint: Any, decoded: Any, most: Any, shown: Any) -> Any:
+    """Decode steps for which requests are expected to hold their KV from now on.
+
+    All are numbers or arrays with an entry per request. hint: the caller's, or NaN. decoded:
+    tokens so far. most: see `most_output`. shown: see `OutputLengths.remaining`, or infinity.
+    """
+    announced = hint - decoded
+    return np.minimum(np.where(announced > 0, announced, shown), most) + EXTRA_STEPS
 
 
 @dataclass(slots=True)
