@@ -21,8 +21,9 @@ import programs
 from engines import API_KEY, Server, wait_until_whole
 from sglang_batchllm.frontend.report import get_report
 
-RELEASE_SECONDS = 2.0
-"""After its client is gone, a batch holds nothing any more within this time."""
+RELEASE_SECONDS = {"pinned": 2.0, "held": 8.0}
+"""After its client is gone, a batch holds nothing any more within this time. Requests of second
+turns have connections of their own, at which SGLang looks every four seconds."""
 
 CLIENT = """
 import sys
@@ -63,7 +64,7 @@ def test_a_client_that_is_killed_releases_its_memory(
     report = wait_until_whole(server.url, API_KEY)
     seconds = time.monotonic() - killed
     print(f"released after {seconds:.2f} s")
-    assert seconds < RELEASE_SECONDS
+    assert seconds < RELEASE_SECONDS[kind]
     assert report["batches"][-1]["aborted"] > 0
 
 

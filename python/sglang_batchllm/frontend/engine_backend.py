@@ -14,7 +14,12 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.utils.json_response import dumps_json
 
 from sglang_batchllm.frontend.exchange import Reply, register_in_process
-from sglang_batchllm.frontend.handover import HandOver, end_programs
+from sglang_batchllm.frontend.handover import (
+    REQUEST_ERRORS,
+    HandOver,
+    end_programs,
+    error_reply,
+)
 from sglang_batchllm.frontend.run_route import RUN_PATH, limits
 
 if TYPE_CHECKING:
@@ -48,10 +53,8 @@ class EngineBackend(RuntimeEndpoint):
                 return Reply(200, self._stream(body or {}))
             try:
                 return Reply(200, self._call(self._respond(path, body or {})))
-            except (ValueError, TypeError) as error:
-                return Reply(getattr(error, "status_code", 400), {"error": {"message": str(error)}})
-            except fastapi.HTTPException as error:
-                return Reply(error.status_code, {"message": error.detail})
+            except REQUEST_ERRORS as error:
+                return error_reply(error)
 
     def hand_over(self, batch: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """See `exchange.InProcessServer`."""

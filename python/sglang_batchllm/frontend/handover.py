@@ -12,7 +12,7 @@ import fastapi
 import orjson
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 
-from sglang_batchllm.frontend.exchange import answer_line
+from sglang_batchllm.frontend.exchange import Reply, answer_line
 from sglang_batchllm.request_ids import RequestId, parse_request_id
 from sglang_batchllm.runtime.held import ReleaseTexts
 
@@ -29,6 +29,9 @@ _TEXT_SLICE = 1 << 19
 
 _START_SLICE = 256
 """Requests to start before other work of the process gets its turn."""
+
+REQUEST_ERRORS = (ValueError, TypeError, fastapi.HTTPException)
+"""What SGLang raises for a request that it can't run."""
 
 _open: dict[str, HandOver] = {}  # by batch
 _frozen: WeakSet[TokenizerManager] = WeakSet()
@@ -119,12 +122,9 @@ class HandOver:
             async for result in self._manager.generate_request(GenerateReqInput(rid=rid, **body)):
                 assert isinstance(result, dict)
                 content = {"text": result.get("text"), "meta_info": result["meta_info"]}
-        except (ValueError, TypeError) as error:  # as SGLang's HTTP server answers them
-            status = getattr(error, "status_code", 400)
-            content = {"error": {"message": str(error)}}
-        except fastapi.HTTPException as error:
-            status = error.status_code
-            content = {"object": "error", "message": error.detail, "type": str(status)}
+        except REQUEST_ERRORS as error:
+            reply = error_reply(error)
+            status, content = reply.status_code, reply.content
         finally:
             self._prepared(rid)
         self._answers.put_nowait(answer_line(index, status, content))
@@ -175,6 +175,14 @@ class HandOver:
                 self._manager._dispatch_to_scheduler(AbortReq(rid=prefix))
         if self._holds:
             self._manager._dispatch_to_scheduler(ReleaseTexts(batch=self._batch))
+
+
+def error_reply(error: Exception) -> Reply:
+    """How SGLang's HTTP server answers one of `REQUEST_ERRORS`."""
+    if isinstance(error, fastapi.HTTPException):
+        status = error.status_code
+        return Reply(status, {"object": "error", "message": error.detail, "type": str(status)})
+    return Reply(getattr(error, "status_code", 400), {"error": {"message": str(error)}})
 
 
 def end_programs(manager: TokenizerManager, batch: str, programs: list[int]) -> None:
