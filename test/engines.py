@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,18 @@ SERVER_PAGE_SIZE = 16
 class Server:
     """A server process and the requests that tests send to it."""
 
-    def __init__(self, model: Path, *flags: str):
+    LAUNCH = (sys.executable, "-m", "sglang.launch_server")
+    SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
+
+    def __init__(self, model: Path, *flags: str, command: Sequence[str] = LAUNCH):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-        command += ["--dtype", "float32", "--port", str(port), "--log-level", "warning"]
-        command += [
+        command = [
+            *command,
+            *("--model-path", str(model), "--dtype", "float32"),
+            *("--port", str(port), "--log-level", "warning"),
             "--sleep-on-idle",
             "--api-key",
             API_KEY,

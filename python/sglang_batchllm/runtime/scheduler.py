@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 IDLE_SECONDS = 0.05
-"""For how long nothing runs at most because texts that wait for their next turn hold the KV."""
+"""Where nothing runs because texts that wait for their next turn hold the KV, one is given up each
+time that this much has passed."""
 
 
 class BatchLLMScheduler(Scheduler):
@@ -144,9 +145,11 @@ class BatchLLMScheduler(Scheduler):
                 (self.chunked_prefill_size or self.max_prefill_tokens) - self._chunk_left(),
                 self.get_num_allocatable_reqs(len(running_batch.reqs)),
             )
+            expired = 0
             if refused and self._cache.held:
-                self._cache.held.release_oldest(self._agree(self._cache.held.num_expired()))
-            if refused and not chosen and not self.intake.gathering:
+                expired = self._agree(self._cache.held.num_expired())
+                self._cache.held.release_oldest(expired)
+            if refused and not chosen and not expired and not self.intake.gathering:
                 running_batch.batch_is_full = bool(holding)  # until a request has ended
         self.is_mixed_chunk = self._mixes(running_batch, chosen, free)
         self._held_back, self.waiting_queue = self.waiting_queue, list(chosen)
@@ -189,6 +192,7 @@ class BatchLLMScheduler(Scheduler):
             and self._agree(time.monotonic() - self._last_forward > IDLE_SECONDS)
         ):
             self._cache.held.release_oldest()
+            self._last_forward = time.monotonic()
         if self._cache.held and self._arrived:
             running_batch.batch_is_full = False
         self._arrived = False
