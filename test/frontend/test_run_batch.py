@@ -243,6 +243,17 @@ def test_a_program_that_is_not_deterministic_gets_the_answer_to_what_it_asks(rem
         assert state.text() == direct.text()
 
 
+def test_a_request_that_was_not_traced_fails_in_its_state(remote):
+    calls = itertools.count()
+
+    def program(s: Any, number: int) -> None:
+        s += "word " * (1 if next(calls) < 4 else 5000) + sgl.gen("a", max_tokens=2)
+
+    rows = [{"number": i} for i in range(4)]
+    states = sgl.function(program).run_batch(rows, backend=remote, **GREEDY)
+    assert all("longer than the model's context" in str(state.error()) for state in states)
+
+
 def test_generator_style_yields_in_order_and_can_be_left(remote, server):
     program = sgl.function(programs.ask)
     states = program.run_batch(arguments(20), backend=remote, generator_style=True, **GREEDY)

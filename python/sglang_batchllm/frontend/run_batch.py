@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import tqdm
@@ -237,15 +238,7 @@ class _Batch:
         result: ProgramState | BaseException
         try:
             with nullcontext() if replay is None else listening(replay):
-                result = interpreter.run_program(
-                    self._program,
-                    self._channel.endpoint,
-                    (),
-                    self._arguments[index],
-                    self._sampling,
-                    False,
-                    True,
-                )
+                result = self._run(index, replay)
         except BaseException as error:
             result = error
         with self._changed:
@@ -257,6 +250,24 @@ class _Batch:
         if start is not None and start.more:
             self._ended.append(start)
             self._tell_ended()
+
+    def _run(self, index: int, replay: Replay | None) -> ProgramState:
+        """A program that needs no server any more runs without a thread of SGLang's for its state,
+        which takes most of the time of a short one. That thread also turns errors of requests
+        into `state.error()`, so a program that asked for something else and failed runs again."""
+        run = partial(
+            interpreter.run_program,
+            *(self._program, self._channel.endpoint, (), self._arguments[index], self._sampling),
+            stream=False,
+            sync=True,
+        )
+        if replay is not None and replay.complete:
+            try:
+                return run(use_thread=False)
+            except Exception:
+                if not replay.missed:
+                    raise
+        return run(use_thread=True)
 
     def _tell_ended(self) -> None:
         """Tell the server which programs have ended; one thread does for all that come meanwhile.
