@@ -189,7 +189,7 @@ def end_programs(manager: TokenizerManager, batch: str, programs: list[int]) -> 
     """These programs of a batch send no more requests: what is held for them may go."""
     manager._dispatch_to_scheduler(ReleaseTexts(batch=batch, programs=programs))
     handover = _open.get(batch)
-    if handover is not None:  # else another process of the server has it
+    if handover is not None:  # else its connection has been closed
         handover.end_programs(programs)
 
 
