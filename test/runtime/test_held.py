@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_batchllm.request_ids import RequestId, new_batch_id, parse_request_id
 from sglang_batchllm.runtime.cache import PinnedGroupCache
-from sglang_batchllm.runtime.held import HOLD_SECONDS
+from sglang_batchllm.runtime.held import ENOUGH_ENDED, HOLD_SECONDS
 
 BATCH = new_batch_id()
 
@@ -94,6 +94,21 @@ def test_a_program_that_is_slow_loses_its_text_if_others_need_the_memory(
     assert cache.held.num_expired() == 1
     cache.held.release_oldest(1)
     assert (locked(cache, slow), locked(cache, quick)) == (0, 3)
+
+
+def test_programs_that_only_read_their_answer_are_found_out(cache: PinnedGroupCache):
+    cache.held.expect(BATCH)
+    finish(cache, 100, 1, 2, 3)
+    for program in range(ENOUGH_ENDED):
+        assert cache.held.goes_on(BATCH)
+        finish(cache, program, 4, program)
+        cache.held.release(BATCH, [program])
+    assert not cache.held.goes_on(BATCH)
+    finish(cache, 101, 5, 6)
+    finish(cache, 100, 1, 2, 3, 4, turn="later")
+    assert cache.held.tokens == 4, "only of the program that turned out to go on"
+    cache.held.release(BATCH, [100])
+    assert not cache.held
 
 
 def test_the_oldest_are_let_go_first(cache: PinnedGroupCache):

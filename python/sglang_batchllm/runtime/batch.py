@@ -42,6 +42,7 @@ def batch_of(req: Req) -> Planned | None:
 class PlannedBatch:
     """The requests of one plan and the state of their shared prefixes.
 
+    id: the list's name, if `run_batch` handed it over.
     running: the requests that hold KV, by index.
     private: the batch was handed over whole and nothing continues its texts, so its prefixes are
         of no use to requests outside it and leave the cache with it. Otherwise they are cached as
@@ -66,7 +67,9 @@ class PlannedBatch:
         whole: bool,
     ):
         """whole: the requests were handed over in one call, not gathered as they came."""
-        turns = [asked and asked.turn for asked in (parse_request_id(req.rid) for req in requests)]
+        asked = [parse_request_id(req.rid) for req in requests]
+        self.id = next((request.batch for request in asked if request), "")
+        turns = [request and request.turn for request in asked]
         self.continued = np.array([turn in ("first", "later") for turn in turns])
         self.urgent = "later" in turns
         self.private = whole and not self.continued.any()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Any, Protocol
 
@@ -16,6 +16,11 @@ from sglang_batchllm.request_ids import RequestId
 HOLD_SECONDS = 1.0
 """For how long a text is held although requests wait for the memory. Programs that take longer
 between their turns would otherwise leave the others nothing to run in."""
+
+
+ENOUGH_ENDED, FEW = 8, 0.1
+"""A program that reads its answer may just end. Once so many of a batch have ended, and no more
+than this part of them went on, no further first turns are held."""
 
 
 class ReleaseTexts(BaseReq, kw_only=True):
@@ -40,6 +45,17 @@ class _Text:
     handle: Any
     tokens: int
     since: float
+    later: bool
+
+
+@dataclass(slots=True)
+class _Batch:
+    """programs: the texts of each that has not ended. ended, went_on: programs that have, and those
+    of them that had a later turn."""
+
+    programs: dict[int, list[_Text]] = field(default_factory=dict)
+    ended: int = 0
+    went_on: int = 0
 
 
 class HeldTexts:
@@ -50,7 +66,7 @@ class HeldTexts:
 
     def __init__(self, store: TextStore):
         self._store = store
-        self._batches: dict[str, dict[int, list[_Text]]] = {}
+        self._batches: dict[str, _Batch] = {}
         self._texts: dict[_Text, None] = {}  # oldest first
         self.tokens = 0
 
@@ -60,26 +76,39 @@ class HeldTexts:
     def expect(self, batch: str) -> None:
         """A batch begins of which programs may continue texts. Nothing is held for others, so
         what ends after its client is gone holds nothing."""
-        self._batches.setdefault(batch, {})
+        self._batches.setdefault(batch, _Batch())
+
+    def goes_on(self, batch: str) -> bool:
+        """Whether the programs of the batch, as far as they have ended, had later turns."""
+        seen = self._batches.get(batch)
+        if seen is None:
+            return False
+        return seen.ended < ENOUGH_ENDED or seen.went_on > FEW * seen.ended
 
     def hold(self, asked: RequestId, tokens: array, namespace: str | None) -> None:
         """The request has ended, and its KV is cached: hold the text if its program goes on."""
-        if asked.batch not in self._batches:
+        later = asked.turn == "later"
+        if not (self.goes_on(asked.batch) or (later and asked.batch in self._batches)):
             return
         handle, own = self._store.lock(tokens, namespace)
-        text = _Text(handle, own, time.monotonic())
-        self._batches[asked.batch].setdefault(asked.program, []).append(text)
+        text = _Text(handle, own, time.monotonic(), later)
+        self._batches[asked.batch].programs.setdefault(asked.program, []).append(text)
         self._texts[text] = None
         self.tokens += own
 
     def release(self, batch: str, programs: Iterable[int] | None) -> None:
         """These programs have ended; None: all have, and no more texts come."""
-        held = self._batches.get(batch, {})
-        for program in list(held) if programs is None else programs:
-            for text in held.pop(program, ()):
+        held = self._batches.get(batch)
+        if held is None:
+            return
+        for program in list(held.programs) if programs is None else programs:
+            texts = held.programs.pop(program, [])
+            held.ended += 1
+            held.went_on += any(text.later for text in texts)
+            for text in texts:
                 self._release(text)
         if programs is None:
-            self._batches.pop(batch, None)
+            del self._batches[batch]
 
     def num_expired(self) -> int:
         """Texts that have been held for `HOLD_SECONDS`."""

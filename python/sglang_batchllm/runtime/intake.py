@@ -108,6 +108,12 @@ class Intake:
                 self.arrive(req)
         return True
 
+    def expect_no_later_turns(self, batch_id: str) -> None:
+        """The texts of this list, as `request_ids` names it, are not held any more."""
+        for batch in self.batches:
+            if batch.id == batch_id:
+                batch.continued[:] = False
+
     def drop(self, waiting: set[int]) -> None:
         """Forget requests that left the waiting queue without running (aborts, time-outs).
 

@@ -81,6 +81,8 @@ class BatchLLMScheduler(Scheduler):
 
     def release_texts(self, recv_req: ReleaseTexts) -> None:
         self._cache.held.release(recv_req.batch, recv_req.programs)
+        if not self._cache.held.goes_on(recv_req.batch):
+            self.intake.expect_no_later_turns(recv_req.batch)
         self.running_batch.batch_is_full = False
 
     def handle_batch_generate_request(self, recv_req: BatchTokenizedGenerateReqInput) -> None:
