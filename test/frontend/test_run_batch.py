@@ -243,6 +243,22 @@ def test_a_program_that_is_not_deterministic_gets_the_answer_to_what_it_asks(rem
         assert state.text() == direct.text()
 
 
+@pytest.mark.parametrize("where", ["remote", "local", "stock"])
+def test_a_later_turn_fails_in_its_state(request, where):
+    def program(s: Any, number: int) -> None:
+        s += f"Number {number}: " + sgl.gen("a", max_tokens=2)
+        s += "word " * (5000 if number == 1 else 1) + sgl.gen("b", max_tokens=2)
+
+    rows = [{"number": i} for i in range(4)]
+    backend = request.getfixturevalue(where)
+    states = sgl.function(program).run_batch(rows, backend=backend, **GREEDY)
+    assert [type(state.error()) for state in states] == [
+        type(None) if row["number"] != 1 else RuntimeError for row in rows
+    ]
+    assert all(state["a"] for state in states)
+    assert ["b" in state for state in states] == [True, False, True, True]
+
+
 def test_a_request_that_was_not_traced_fails_in_its_state(remote):
     calls = itertools.count()
 

@@ -58,6 +58,7 @@ SIGNATURES = {
     "managers.tokenizer_manager.TokenizerManager.freeze_gc": "self",
     "lang.interpreter.run_program_batch": "program, backend, batch_arguments, default_sampling_para, num_threads, progress_bar, generator_style",
     "lang.interpreter.run_program": "program, backend, func_args, func_kwargs, default_sampling_para, stream, sync, use_thread",
+    "lang.interpreter.run_internal": "state, program, func_args, func_kwargs, sync",
     "lang.interpreter.StreamExecutor.__init__": "self, backend, arguments, default_sampling_para, chat_template, stream, num_api_spec_tokens, use_thread",
     "lang.interpreter.StreamExecutor.submit": "self, expr",
     "lang.interpreter.StreamExecutor.fork": "self, size, position_ids_offset",
@@ -101,7 +102,7 @@ ATTRIBUTES = {
     ),
     "managers.schedule_policy.PrefillAdder": "rem_total_token_offset cur_rem_token_offset",
     "layers.attention.hybrid_attn_backend.HybridAttnBackend": "decode_backend",
-    "lang.interpreter.StreamExecutor": "variables variable_event meta_info messages_ text_ fork_start_text_pos",
+    "lang.interpreter.StreamExecutor": "variables variable_event meta_info messages_ text_ fork_start_text_pos error_",
     "managers.scheduler.Scheduler": (
         "waiting_queue chunked_req chunked_prefill_size max_prefill_tokens grammar_manager "
         "tree_cache page_size max_total_num_tokens token_to_kv_pool_allocator ps tp_group "
@@ -151,6 +152,7 @@ def test_fields(name: str):
 
 def test_every_overridden_method_is_listed():
     from sglang_batchllm.args import BatchLLMServerArgs
+    from sglang_batchllm.frontend.direct import DirectExecutor
     from sglang_batchllm.frontend.engine_backend import EngineBackend
     from sglang_batchllm.frontend.tracing import TracingExecutor
     from sglang_batchllm.platform.cpu import CpuReferencePlatform
@@ -168,6 +170,7 @@ def test_every_overridden_method_is_listed():
         CpuReferencePlatform,
         BatchLLMServerArgs,
         TracingExecutor,
+        DirectExecutor,
         EngineBackend,
     )
     for cls in ours:

@@ -8,8 +8,6 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import tqdm
@@ -18,6 +16,7 @@ from sglang.lang.interpreter import ProgramState
 from sglang.lang.ir import SglFunction, SglSamplingParams
 
 from sglang_batchllm.frontend.channel import Channel, find_channel
+from sglang_batchllm.frontend.direct import run_directly
 from sglang_batchllm.frontend.exchange import Reply, listening, request_line
 from sglang_batchllm.frontend.tracing import Replay, Trace, trace_program
 from sglang_batchllm.request_ids import new_batch_id
@@ -237,8 +236,15 @@ class _Batch:
             index = self._untraced.popleft()
         result: ProgramState | BaseException
         try:
-            with nullcontext() if replay is None else listening(replay):
-                result = self._run(index, replay)
+            program, endpoint = self._program, self._channel.endpoint
+            arguments, sampling = self._arguments[index], self._sampling
+            if replay is None:
+                result = interpreter.run_program(
+                    program, endpoint, (), arguments, sampling, False, True
+                )
+            else:
+                with listening(replay):
+                    result = run_directly(program, endpoint, arguments, sampling)
         except BaseException as error:
             result = error
         with self._changed:
@@ -250,24 +256,6 @@ class _Batch:
         if start is not None and start.more:
             self._ended.append(start)
             self._tell_ended()
-
-    def _run(self, index: int, replay: Replay | None) -> ProgramState:
-        """A program that needs no server any more runs without a thread of SGLang's for its state,
-        which takes most of the time of a short one. That thread also turns errors of requests
-        into `state.error()`, so a program that asked for something else and failed runs again."""
-        run = partial(
-            interpreter.run_program,
-            *(self._program, self._channel.endpoint, (), self._arguments[index], self._sampling),
-            stream=False,
-            sync=True,
-        )
-        if replay is not None and replay.complete:
-            try:
-                return run(use_thread=False)
-            except Exception:
-                if not replay.missed:
-                    raise
-        return run(use_thread=True)
 
     def _tell_ended(self) -> None:
         """Tell the server which programs have ended; one thread does for all that come meanwhile.

@@ -63,11 +63,7 @@ class Trace:
 
 class Replay:
     """Gives a program the answers to the requests of its trace, each once, and names its later
-    requests so that their texts are held until it ends.
-
-    complete: by the trace the program gets all its answers here, and none is an error.
-    missed: it asked for something else.
-    """
+    requests so that their texts are held until it ends."""
 
     def __init__(self, trace: Trace, answers: Sequence[Reply | None], batch: str, program: int):
         """batch, program: see `request_ids.RequestId`."""
@@ -75,12 +71,9 @@ class Replay:
         self._program = program
         self._numbers = itertools.count()
         self._cached = trace.cached
-        self.complete = not trace.more
-        self.missed = False
         self._replies: dict[bytes, deque[Reply]] = {}
         for digest, reply in zip(trace.digests, answers, strict=True):
             assert reply is not None
-            self.complete &= reply.status_code == 200
             self._replies.setdefault(digest, deque()).append(reply)
 
     def answer(self, body: dict[str, Any]) -> Reply | None:
@@ -91,7 +84,6 @@ class Replay:
                 return replies.popleft()
         except IndexError:  # another fork took the last one
             pass
-        self.missed = True
         if isinstance(body.get("text"), str) and body["sampling_params"].get("n", 1) == 1:
             number = next(self._numbers)
             body["rid"] = str(RequestId("later", self._batch, self._program, number))
