@@ -144,6 +144,8 @@ def measure_contender(name: str, shapes_only: bool) -> dict[str, object]:
     """All measurements of one contender, in this process."""
     batches = {shape: uniform(*sizes) for shape, sizes in SHAPES.items()}
     batches["ragged, 80 groups"] = ragged_groups()
+    for number in (4, 16, 64):  # the tail of a batch
+        batches[f"{number} singletons of 3000"] = uniform(number, 1, 0, 3000)
     result: dict[str, object] = {
         "device": torch.cuda.get_device_name(),
         "shapes": {
