@@ -100,7 +100,7 @@ def test_slow_programs_do_not_keep_the_memory_from_others(scarce_engine):
     rows = [{"number": i} for i in range(48)]
     started = time.monotonic()
     states = sgl.function(program).run_batch(rows, backend=scarce_engine, **GREEDY)
-    assert time.monotonic() - started < 48 * 3 / 3
+    assert time.monotonic() - started < 24  # three at a time would take 48
     assert all(state["b"] for state in states)
 
 

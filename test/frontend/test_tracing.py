@@ -79,12 +79,14 @@ def test_a_replay_leaves_only_the_rest_to_the_server(parrot, backend, form):
     expected.sync()
     everything, parrot.bodies = parrot.bodies, []
     answers = [Reply(200, {"text": "7", "meta_info": META}) for _ in found.requests]
-    with listening(Replay(found, answers, new_batch_id(), 0)):
+    replay = Replay(found, answers, new_batch_id(), 0)
+    with listening(replay):
         state = program.run(document=0, question=5, backend=backend, **SAMPLING)
         state.sync()
     assert state.text() == expected.text()
     rest = [body for body in everything if body not in found.requests and not only_caches(body)]
     assert sorted(body for body in parrot.bodies if not only_caches(body)) == sorted(rest)
+    assert replay.went_on == bool(rest)
 
 
 def test_arguments_are_as_they_were(backend):

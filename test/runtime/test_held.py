@@ -61,7 +61,7 @@ def test_a_text_is_held_until_its_program_ends(cache: PinnedGroupCache):
     cache.evict(EvictParams(num_tokens=100))
     assert [locked(cache, text) for text in (first, longer, other)] == [4, 6, 3]
     assert cache.held.tokens == 7
-    cache.held.release(BATCH, [7, 7, 12])
+    cache.held.release(BATCH, {7: True, 12: False})
     assert [locked(cache, text) for text in (first, longer, other)] == [2, 2, 3]
     cache.evict(EvictParams(num_tokens=100))
     cache.held.release(BATCH, None)
@@ -102,13 +102,21 @@ def test_programs_that_only_read_their_answer_are_found_out(cache: PinnedGroupCa
     for program in range(ENOUGH_ENDED):
         assert cache.held.goes_on(BATCH)
         finish(cache, program, 4, program)
-        cache.held.release(BATCH, [program])
+        cache.held.release(BATCH, {program: False})
     assert not cache.held.goes_on(BATCH)
     finish(cache, 101, 5, 6)
     finish(cache, 100, 1, 2, 3, 4, turn="later")
     assert cache.held.tokens == 4, "only of the program that turned out to go on"
-    cache.held.release(BATCH, [100])
+    cache.held.release(BATCH, {100: True})
     assert not cache.held
+
+
+def test_a_few_programs_that_go_on_keep_the_others_held(cache: PinnedGroupCache):
+    cache.held.expect(BATCH)
+    cache.held.release(BATCH, {program: program < 2 for program in range(2 * ENOUGH_ENDED)})
+    assert cache.held.goes_on(BATCH)
+    finish(cache, 50, 5, 6)
+    assert cache.held.tokens == 2
 
 
 def test_the_oldest_are_let_go_first(cache: PinnedGroupCache):
@@ -116,7 +124,7 @@ def test_the_oldest_are_let_go_first(cache: PinnedGroupCache):
     older, newer = finish(cache, 1, 1, 2, 3), finish(cache, 2, 1, 2, 4)
     cache.held.release_oldest()
     assert (locked(cache, older), locked(cache, newer)) == (2, 3)
-    cache.held.release(BATCH, [1])
+    cache.held.release(BATCH, {1: True})
     cache.held.release_oldest()
     assert not cache.held
     assert cache.protected_size() == 0
@@ -127,7 +135,7 @@ def test_a_flushed_cache_holds_nothing(cache: PinnedGroupCache):
     finish(cache, 1, 1, 2, 3)
     cache.reset()
     assert not cache.held
-    cache.held.release(BATCH, [1])
+    cache.held.release(BATCH, {1: True})
     assert cache.evictable_size() == cache.protected_size() == 0
 
 

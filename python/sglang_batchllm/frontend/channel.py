@@ -45,13 +45,18 @@ class Channel:
         with self._post(batch, _chunks(lines)) as response:
             yield from read_answers(response.iter_lines(_CHUNK_BYTES))
 
-    def end_programs(self, batch: str, programs: list[int]) -> None:
-        """These programs of a hand-over send no more requests; raises as `hand_over` does."""
+    def end_programs(self, batch: str, programs: dict[int, bool]) -> None:
+        """These programs of a hand-over send no more requests; raises as `hand_over` does.
+
+        programs: whether each of them sent more than it handed over.
+        """
         server = in_process_server(self.endpoint.base_url)
         if server is not None:
             server.end_programs(batch, programs)
         else:
-            self._post(f"{batch}/ended", orjson.dumps(programs)).close()
+            self._post(
+                f"{batch}/ended", orjson.dumps(programs, option=orjson.OPT_NON_STR_KEYS)
+            ).close()
 
     def _post(self, path: str, data: bytes | Iterator[bytes]) -> requests.Response:
         headers = {"Content-Type": "application/x-ndjson"}

@@ -70,7 +70,7 @@ class EngineBackend(RuntimeEndpoint):
             finally:
                 self._call(handover.abandon())
 
-    def end_programs(self, batch: str, programs: list[int]) -> None:
+    def end_programs(self, batch: str, programs: dict[int, bool]) -> None:
         """See `exchange.InProcessServer`."""
         with self._running_loop():
             self._engine.loop.call_soon_threadsafe(end_programs, self._manager, batch, programs)

@@ -63,7 +63,7 @@ class InProcessServer(Protocol):
         """chunks: whole lines of `request_line`. Yields lines as `read_answers` takes them."""
         ...
 
-    def end_programs(self, batch: str, programs: list[int]) -> None:
+    def end_programs(self, batch: str, programs: dict[int, bool]) -> None:
         """See `channel.Channel`."""
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import fastapi
@@ -56,7 +56,6 @@ class HandOver:
         self._tokenized: list[Any] = []  # TokenizedGenerateReqInput
         self._tasks: set[asyncio.Task[None]] = set()
         self._sent = asyncio.Event()
-        self._holds = False
         self._unanswered = 0
         self._answers: asyncio.Queue[bytes] = asyncio.Queue()
 
@@ -96,14 +95,13 @@ class HandOver:
             # all that SGLang has loaded: a third of the time until the first answer.
             _frozen.add(self._manager)
             await self._manager.freeze_gc()
-        self._holds = bool(self._going_on)
         _open[self._batch] = self
         bodies, self._bodies = self._bodies, []
         self._unanswered = len(bodies)
-        rids = [
-            str(RequestId(self._turn(program), self._batch, program, index))
-            for index, program in enumerate(self._programs)
-        ]
+        rids: list[str] = []
+        for index, program in enumerate(self._programs):
+            turn = "first" if program in self._going_on else "once"
+            rids.append(str(RequestId(turn, self._batch, program, index)))
         self._unprepared = set(rids)
         for index, (rid, body) in enumerate(zip(rids, bodies, strict=True)):
             task = asyncio.create_task(self._answer(index, rid, body))
@@ -111,9 +109,6 @@ class HandOver:
             task.add_done_callback(self._tasks.discard)
             if index % _START_SLICE == 0:
                 await asyncio.sleep(0)
-
-    def _turn(self, program: int) -> Literal["once", "first"]:
-        return "first" if program in self._going_on else "once"
 
     async def _answer(self, index: int, rid: str, body: dict[str, Any]) -> None:
         status: int = 200
@@ -173,8 +168,7 @@ class HandOver:
             for turn in ("once", "first"):
                 prefix = RequestId.prefix(turn, self._batch)
                 self._manager._dispatch_to_scheduler(AbortReq(rid=prefix))
-        if self._holds:
-            self._manager._dispatch_to_scheduler(ReleaseTexts(batch=self._batch))
+        self._manager._dispatch_to_scheduler(ReleaseTexts(batch=self._batch))
 
 
 def error_reply(error: Exception) -> Reply:
@@ -185,8 +179,9 @@ def error_reply(error: Exception) -> Reply:
     return Reply(getattr(error, "status_code", 400), {"error": {"message": str(error)}})
 
 
-def end_programs(manager: TokenizerManager, batch: str, programs: list[int]) -> None:
-    """These programs of a batch send no more requests: what is held for them may go."""
+def end_programs(manager: TokenizerManager, batch: str, programs: dict[int, bool]) -> None:
+    """These programs of a batch send no more requests: what is held for them may go. programs: see
+    `ReleaseTexts`."""
     manager._dispatch_to_scheduler(ReleaseTexts(batch=batch, programs=programs))
     handover = _open.get(batch)
     if handover is not None:  # else its connection has been closed

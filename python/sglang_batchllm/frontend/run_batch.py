@@ -112,11 +112,12 @@ class _Batch:
         self._arguments = arguments
         self._sampling = sampling
         self._pool = ThreadPoolExecutor(min(num_threads, len(arguments)))
-        self._ready: deque[tuple[_Start, Replay]] = deque()
+        self._ready: deque[_Start] = deque()
         self._untraced: deque[int] = deque()
         self._started = bytearray(len(arguments))  # flags
         self._stopped = False
-        self._ended: deque[_Start] = deque()  # of which the server has yet to be told
+        # Programs of which the server has yet to be told, and whether they went on.
+        self._ended: deque[tuple[_Start, bool]] = deque()
         self._telling = threading.Lock()
         self._changed = threading.Condition()
         self._unfinished = len(arguments)
@@ -221,19 +222,19 @@ class _Batch:
         if start is None:
             self._untraced.append(index)
         else:
-            replay = Replay(start.trace, start.answers, start.batch, index)
-            self._ready.append((start, replay))
+            self._ready.append(start)
         self._pool.submit(self._run_next)
 
     # In the pool's threads
 
     def _run_next(self) -> None:
-        start = replay = None
+        replay: Replay | None = None
         try:
-            start, replay = self._ready.popleft()
+            start = self._ready.popleft()
             index = start.index
+            replay = Replay(start.trace, start.answers, start.batch, index)
         except IndexError:
-            index = self._untraced.popleft()
+            start, index = None, self._untraced.popleft()
         result: ProgramState | BaseException
         try:
             program, endpoint = self._program, self._channel.endpoint
@@ -253,8 +254,8 @@ class _Batch:
             if self._bar is not None:
                 self._bar.update()
             self._changed.notify()
-        if start is not None and start.more:
-            self._ended.append(start)
+        if replay is not None and start is not None and start.more:
+            self._ended.append((start, replay.went_on))
             self._tell_ended()
 
     def _tell_ended(self) -> None:
@@ -262,10 +263,10 @@ class _Batch:
         What it is not told is released when the hand-over's connection closes."""
         while self._ended and self._telling.acquire(blocking=False):
             try:
-                ended: defaultdict[str, list[int]] = defaultdict(list)
+                ended: defaultdict[str, dict[int, bool]] = defaultdict(dict)
                 while self._ended:
-                    start = self._ended.popleft()
-                    ended[start.batch].append(start.index)
+                    start, went_on = self._ended.popleft()
+                    ended[start.batch][start.index] = went_on
                 for batch, programs in ended.items():
                     self._channel.end_programs(batch, programs)
             except Exception as error:

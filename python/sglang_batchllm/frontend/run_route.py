@@ -17,8 +17,8 @@ def add_run_route(server_args: ServerArgs, *_: Any, **__: Any) -> None:
     ``GET`` says how many requests the server runs at a time. ``POST`` to ``/{batch}`` takes lines
     of `exchange.request_line`, and answers with lines of `exchange.answer_line` in the order in
     which requests finish; see `HandOver.answers` for when it ends. When the client closes the
-    connection, what remains is aborted. ``POST`` to ``/{batch}/ended`` takes a list of programs
-    that send no more requests.
+    connection, what remains is aborted. ``POST`` to ``/{batch}/ended`` takes the programs that send
+    no more requests, see `channel.Channel.end_programs`.
     """
     if not getattr(server_args, "batchllm", False):
         return
@@ -53,7 +53,7 @@ def add_run_route(server_args: ServerArgs, *_: Any, **__: Any) -> None:
             background=BackgroundTask(handover.abandon),
         )
 
-    async def ended(batch: str, programs: list[int]) -> None:
+    async def ended(batch: str, programs: dict[int, bool]) -> None:
         end_programs(manager(), batch, programs)
 
     http_server.app.add_api_route(RUN_PATH, describe, methods=["GET"])

@@ -63,13 +63,17 @@ class Trace:
 
 class Replay:
     """Gives a program the answers to the requests of its trace, each once, and names its later
-    requests so that their texts are held until it ends."""
+    requests so that their texts are held until it ends.
+
+    went_on: whether it has asked for more than was handed over.
+    """
 
     def __init__(self, trace: Trace, answers: Sequence[Reply | None], batch: str, program: int):
         """batch, program: see `request_ids.RequestId`."""
         self._batch = batch
         self._program = program
         self._numbers = itertools.count()
+        self.went_on = False
         self._cached = trace.cached
         self._replies: dict[bytes, deque[Reply]] = {}
         for digest, reply in zip(trace.digests, answers, strict=True):
@@ -84,6 +88,7 @@ class Replay:
                 return replies.popleft()
         except IndexError:  # another fork took the last one
             pass
+        self.went_on = True
         if isinstance(body.get("text"), str) and body["sampling_params"].get("n", 1) == 1:
             number = next(self._numbers)
             body["rid"] = str(RequestId("later", self._batch, self._program, number))

@@ -77,7 +77,7 @@ class PinnedGroupCache(RadixCache):
         )
         ended = req.finished() and not isinstance(req.finished_reason, FINISH_ABORT)
         asked = parse_request_id(req.rid)
-        if asked is not None and ended and is_insert:
+        if asked is not None and asked.turn != "once" and ended and is_insert:
             text = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
             self.held.hold(asked, text, req.extra_key)
         if planned is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Any, Protocol
@@ -17,17 +17,20 @@ HOLD_SECONDS = 1.0
 """For how long a text is held although requests wait for the memory. Programs that take longer
 between their turns would otherwise leave the others nothing to run in."""
 
-
-ENOUGH_ENDED, FEW = 8, 0.1
-"""A program that reads its answer may just end. Once so many of a batch have ended, and no more
-than this part of them went on, no further first turns are held."""
+ENOUGH_ENDED = 8
+FEW = 0.1
+"""A program that reads its answer may just end. Once `ENOUGH_ENDED` of a batch have ended, and no
+more than this part of them went on, no further first turns are held."""
 
 
 class ReleaseTexts(BaseReq, kw_only=True):
-    """From a tokenizer process to the scheduler: programs of a batch have ended, or all have."""
+    """From a tokenizer process to the scheduler: programs of a batch have ended, or all have.
+
+    programs: whether each of them sent more than its first requests; None for all.
+    """
 
     batch: str
-    programs: list[int] | None = None
+    programs: dict[int, bool] | None = None
 
 
 class TextStore(Protocol):
@@ -45,13 +48,12 @@ class _Text:
     handle: Any
     tokens: int
     since: float
-    later: bool
 
 
 @dataclass(slots=True)
 class _Batch:
     """programs: the texts of each that has not ended. ended, went_on: programs that have, and those
-    of them that had a later turn."""
+    of them that sent more than their first requests."""
 
     programs: dict[int, list[_Text]] = field(default_factory=dict)
     ended: int = 0
@@ -79,7 +81,7 @@ class HeldTexts:
         self._batches.setdefault(batch, _Batch())
 
     def goes_on(self, batch: str) -> bool:
-        """Whether the programs of the batch, as far as they have ended, had later turns."""
+        """Whether a program of the batch is expected to continue the text of its first turn."""
         seen = self._batches.get(batch)
         if seen is None:
             return False
@@ -87,28 +89,28 @@ class HeldTexts:
 
     def hold(self, asked: RequestId, tokens: array, namespace: str | None) -> None:
         """The request has ended, and its KV is cached: hold the text if its program goes on."""
-        later = asked.turn == "later"
-        if not (self.goes_on(asked.batch) or (later and asked.batch in self._batches)):
+        batch = self._batches.get(asked.batch)
+        if batch is None or not (asked.turn == "later" or self.goes_on(asked.batch)):
             return
         handle, own = self._store.lock(tokens, namespace)
-        text = _Text(handle, own, time.monotonic(), later)
-        self._batches[asked.batch].programs.setdefault(asked.program, []).append(text)
+        text = _Text(handle, own, time.monotonic())
+        batch.programs.setdefault(asked.program, []).append(text)
         self._texts[text] = None
         self.tokens += own
 
-    def release(self, batch: str, programs: Iterable[int] | None) -> None:
-        """These programs have ended; None: all have, and no more texts come."""
+    def release(self, batch: str, programs: Mapping[int, bool] | None) -> None:
+        """These programs have ended, see `ReleaseTexts`; after None no more texts come."""
         held = self._batches.get(batch)
         if held is None:
             return
-        for program in list(held.programs) if programs is None else programs:
-            texts = held.programs.pop(program, [])
-            held.ended += 1
-            held.went_on += any(text.later for text in texts)
-            for text in texts:
-                self._release(text)
         if programs is None:
             del self._batches[batch]
+        else:
+            held.ended += len(programs)
+            held.went_on += sum(programs.values())
+        for program in [*held.programs] if programs is None else programs:
+            for text in held.programs.pop(program, ()):
+                self._release(text)
 
     def num_expired(self) -> int:
         """Texts that have been held for `HOLD_SECONDS`."""

@@ -86,19 +86,17 @@ class Intake:
         for req in queued:
             self.arrive(req)
 
-    def close_gathering(self) -> bool:
-        """Turn the gathering into a wave if it is time; False while requests are held back."""
-        if not self.gathering:
-            return True
-        if any(wave.num_waiting for wave in self.waves):
-            return False
+    def close_gathering(self) -> None:
+        """Turn the gathering into a wave if it is time."""
+        if not self.gathering or any(wave.num_waiting for wave in self.waves):
+            return
         now = time.monotonic()
         due = (
             now - self._first_arrival >= self._gather_seconds
             or now - self._last_arrival >= QUIET_SECONDS
         )
         if not self._agree(due):
-            return False
+            return
         requests, self.gathering = self.gathering, []
         if len(requests) == 1 and not _is_later_turn(requests[0]):
             self.loose += requests
@@ -106,7 +104,6 @@ class Intake:
             self._plan(requests, self.waves)
             for req in requests:
                 self.arrive(req)
-        return True
 
     def expect_no_later_turns(self, batch_id: str) -> None:
         """The texts of this list, as `request_ids` names it, are not held any more."""
@@ -163,11 +160,11 @@ class Intake:
         }
 
     def _plan(self, requests: list[Req], into: list[PlannedBatch]) -> None:
-        if into is self.batches:
+        whole = into is self.batches
+        if whole:
             report = BatchReport("batch")
         else:
             report = self._gathered = self._gathered or BatchReport("gathered")
-        whole = into is self.batches
         into.append(PlannedBatch(requests, self._store, self._page_size, report, whole))
 
     def _close(self, report: BatchReport) -> None:
