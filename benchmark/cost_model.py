@@ -48,26 +48,31 @@ class Work:
 class CostModel:
     """GPU time of a step, host time of a step, and the host time before the first.
 
-    GPU milliseconds: step_ms + token_ms * max(tokens, least_tokens) + pair_ms * attended +
-    kv_ms * unique_kv + context_ms * context, where tokens are those prefilled and the decoding
-    rows together: below `least_tokens` reading the weights takes longer than using them. A mixed
-    step reads them once.
-    eager_host_ms, graph_host_ms: to choose and launch a step. ingest_ms: per prompt token,
-    from the call to the first step.
+    GPU milliseconds: token_ms * max(tokens, least_tokens) + pair_ms * attended + kv_ms *
+    unique_kv + context_ms * context, and decode_step_ms or, in a step that prefills,
+    prefill_step_ms. Tokens are those prefilled and the decoding rows together: below
+    `least_tokens` reading the weights takes longer than using them. A mixed step reads them once.
+    eager_host_ms, mixed_host_ms, graph_host_ms: to choose and launch a step. ingest_ms: per prompt
+    token, from the call to the first step.
     """
 
-    step_ms: float
+    decode_step_ms: float
+    prefill_step_ms: float
     token_ms: float
     least_tokens: int
     pair_ms: float
     kv_ms: float
     context_ms: float
     eager_host_ms: float
+    mixed_host_ms: float
     graph_host_ms: float
     ingest_ms: float
 
     def gpu_ms(self, work: Work) -> float:
-        weights = (self.step_ms, self.token_ms, self.pair_ms, self.kv_ms, self.context_ms)
+        weights = (
+            *(self.decode_step_ms, self.prefill_step_ms, self.token_ms),
+            *(self.pair_ms, self.kv_ms, self.context_ms),
+        )
         return float(np.dot(weights, _features(work, self.least_tokens)))
 
     def parts(self, works: Sequence[Work]) -> dict[str, float]:
@@ -87,7 +92,8 @@ class CostModel:
         return seconds
 
     def host_ms(self, work: Work, graph_limit: int | None) -> float:
-        return self.eager_host_ms if _is_eager(work, graph_limit) else self.graph_host_ms
+        kinds = {"graph": self.graph_host_ms, "mixed": self.mixed_host_ms}
+        return kinds.get(_host_kind(work, graph_limit), self.eager_host_ms)
 
     def ends(self, works: Sequence[Work], graph_limit: int | None) -> np.ndarray:
         """When each step is done on the GPU, float64[len(works)], seconds after the first launch.
@@ -111,12 +117,16 @@ class CostModel:
 
 def _features(work: Work, least_tokens: int) -> tuple[float, ...]:
     tokens = max(work.prefill_tokens + work.decode_requests, least_tokens)
-    return (1.0, tokens, work.attended, work.unique_kv, work.context)
+    prefills = float(work.prefill_tokens > 0)
+    return (1.0 - prefills, prefills, tokens, work.attended, work.unique_kv, work.context)
 
 
-def _is_eager(work: Work, graph_limit: int | None) -> bool:
+def _host_kind(work: Work, graph_limit: int | None) -> str:
+    """How a step is launched: replayed from a CUDA graph, eagerly, or eagerly in two parts."""
+    if work.prefill_tokens:
+        return "mixed" if work.decode_requests else "eager"
     too_many = graph_limit is not None and work.decode_requests > graph_limit
-    return work.prefill_tokens > 0 or too_many
+    return "eager" if too_many else "graph"
 
 
 def steps_of(run: dict[str, Any]) -> list[Step]:
@@ -141,37 +151,37 @@ def fit(runs: Sequence[dict[str, Any]]) -> CostModel:
     those that the fit misses by more than a quarter.
     """
     prepared = [(steps, graph_limit_of(steps)) for steps in map(steps_of, runs)]
-    host: dict[bool, list[float]] = {True: [], False: []}
+    host: dict[str, list[float]] = {}
     for steps, limit in prepared:
         for step in steps:
-            if step.prefill_tokens and step.decode_requests:
-                continue  # launching a mixed step waits for the GPU, too
-            eager = _is_eager(Work.of(step), limit)
-            host[eager].append(step.schedule_ms + step.launch_ms)
-    host_ms = {eager: float(np.median(times)) for eager, times in host.items()}
+            kind = _host_kind(Work.of(step), limit)
+            host.setdefault(kind, []).append(step.schedule_ms + step.launch_ms)
+    host_ms = {kind: float(np.median(times)) for kind, times in host.items()}
 
     works, times = [], []
     for steps, limit in prepared:
         for step, launched, after in zip(steps[1:], steps[2:], steps[3:], strict=False):
             interval = (after.start - launched.start) * 1000
-            if interval > 1.3 * host_ms[_is_eager(Work.of(launched), limit)]:
+            if interval > 1.3 * host_ms[_host_kind(Work.of(launched), limit)]:
                 works.append(Work.of(step))
                 times.append(interval)
     measured = np.array(times)
 
     solutions = (_solve(works, measured, least) for least in range(16, 513, 16))
     _, least_tokens, solution = min(solutions, key=lambda found: found[0])
-    step_ms, token_ms, pair_ms, kv_ms, context_ms = solution.tolist()
+    decode_step_ms, prefill_step_ms, token_ms, pair_ms, kv_ms, context_ms = solution.tolist()
     before = [1000 * (run["seconds"] - _span(steps_of(run))) for run in runs]
     return CostModel(
-        step_ms=step_ms,
+        decode_step_ms=decode_step_ms,
+        prefill_step_ms=prefill_step_ms,
         token_ms=token_ms,
         least_tokens=least_tokens,
         pair_ms=pair_ms,
         kv_ms=kv_ms,
         context_ms=context_ms,
-        eager_host_ms=host_ms[True],
-        graph_host_ms=host_ms[False],
+        eager_host_ms=host_ms["eager"],
+        mixed_host_ms=host_ms.get("mixed", host_ms["eager"]),
+        graph_host_ms=host_ms["graph"],
         ingest_ms=sum(before) / sum(run["prompt_tokens"] for run in runs),
     )
 

@@ -56,7 +56,8 @@ def _split_size(length, split):
     return tl.maximum((even + 63) // 64 * 64, 64)
 
 
-@triton.jit
+# A step in which prefill and decode mix has any batch size: one compilation must do for all.
+@triton.jit(do_not_specialize=["batch_size"])
 def _plan_kernel(
     rows_ptr,
     seq_lens_ptr,

@@ -1,0 +1,52 @@
+"""Running requests that decode along in prefill steps, `--enable-mixed-chunk`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sglang
+
+from prompts import distinct_tokens, mixed_batch
+
+
+@pytest.fixture(scope="module")
+def mixing_engine(tiny_model: Path) -> Iterator[Any]:
+    """KV for a third of the batch, so that some requests decode while others are prefilled."""
+    engine = sglang.Engine(
+        model_path=str(tiny_model),
+        dtype="float32",
+        sleep_on_idle=True,
+        batchllm=True,
+        batchllm_attention="fused",
+        enable_mixed_chunk=True,
+        chunked_prefill_size=96,
+        max_total_tokens=1200,
+    )
+    yield engine
+    engine.shutdown()
+
+
+def test_outputs_are_those_of_stock_sglang(mixing_engine: Any, stock_engine: Any) -> None:
+    """Plain requests, some with penalties, and with logprobs, which SGLang does not mix."""
+    prompts = mixed_batch(150)
+    sampling = [
+        {"temperature": 0, "max_new_tokens": 4 + i % 17, "ignore_eos": True}
+        | ({"frequency_penalty": 0.5} if i % 5 == 0 else {})
+        for i in range(len(prompts))
+    ]
+    runs = {}
+    for engine in (stock_engine, mixing_engine):
+        engine.flush_cache()
+        runs[engine] = engine.generate(input_ids=prompts, sampling_params=sampling)
+        with_logprobs = engine.generate(
+            input_ids=prompts[:20], sampling_params=sampling[:20], return_logprob=True
+        )
+        runs[engine] += with_logprobs
+    ids = {engine: [result["output_ids"] for result in results] for engine, results in runs.items()}
+    assert ids[mixing_engine] == ids[stock_engine]
+    infos = [result["meta_info"] for result in runs[mixing_engine][: len(prompts)]]
+    computed = sum(info["prompt_tokens"] - info["cached_tokens"] for info in infos)
+    assert computed == distinct_tokens(prompts)
