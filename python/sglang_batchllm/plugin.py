@@ -62,22 +62,22 @@ def _register_runtime() -> None:
 
 @functools.cache
 def extend_runtime() -> None:
-    """In a scheduler process, once the flag is on: admission by memory, mixed batches in two
-    parts, and a message of ours among those that it understands."""
+    """In a scheduler process, once the flag is on: admission by memory, shared mixed batches, and a
+    message of ours among those that it understands."""
     from sglang.srt.managers.io_struct import hook_custom_types
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from sglang_batchllm.attention.mixed import select_backend
     from sglang_batchllm.runtime.adder import ForecastPrefillAdder
     from sglang_batchllm.runtime.held import ReleaseTexts
-    from sglang_batchllm.runtime.mixed import forward_in_parts
 
     hook_custom_types(ReleaseTexts)
     HookRegistry.register(
         "sglang.srt.managers.schedule_policy.PrefillAdder", ForecastPrefillAdder, HookType.REPLACE
     )
     HookRegistry.register(
-        "sglang.srt.model_executor.model_runner.ModelRunner._forward_raw",
-        forward_in_parts,
+        "sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend._select_backend",
+        select_backend,
         HookType.AROUND,
     )
     HookRegistry.apply_hooks()

@@ -15,6 +15,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from cases import Batch, make_batch, relative_error
 from sglang_batchllm.attention import create_batchllm_backend, get_group_table
 from sglang_batchllm.attention.backend import BatchLLMAttnBackend
+from sglang_batchllm.attention.mixed import select_backend
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
@@ -170,3 +171,57 @@ def test_extend_is_the_native_backend(batch: Batch, monkeypatch: pytest.MonkeyPa
     backend.init_forward_metadata(step)
     backend.forward_extend(batch.q, batch.q, batch.q, layer, step, True, sinks=None)
     assert seen[0] is step and seen[1][0][4] is step
+
+
+def test_mixed_batches_share_in_their_decoding_part(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two requests prefill 5 and 3 tokens, the others decode."""
+    layer = make_layer()
+    backend = make(batch, [layer])
+    rows, lens = batch.rows, batch.seq_lens
+    order = torch.argsort(lens, descending=True)  # the two longest, in different groups or not
+    rows, lens = rows[order], lens[order]
+    new = [5, 3] + [1] * (len(rows) - 2)
+    slots = torch.cat(
+        [batch.req_to_token[r, n - m : n] for r, n, m in zip(rows, lens, new, strict=True)]
+    ).long()
+    q = torch.randn(len(slots), HEADS, DIM)
+    step = SimpleNamespace(
+        forward_mode=ForwardMode.MIXED,
+        batch_size=len(rows),
+        req_pool_indices=rows,
+        seq_lens=lens,
+        seq_lens_cpu=lens,
+        extend_seq_lens=torch.tensor(new),
+        extend_seq_lens_cpu=new,
+        extend_prefix_lens=lens - torch.tensor(new),
+        extend_prefix_lens_cpu=(lens - torch.tensor(new)).tolist(),
+        encoder_lens=None,
+        out_cache_loc=slots,
+    )
+    k, v = batch.k_cache[slots], batch.v_cache[slots]
+    expected = backend.native.forward_extend(q.flatten(1), k, v, layer, step)
+    batch.k_cache[slots] = torch.nan
+    decoded: list[int] = []
+    decode_part = backend._decode
+    monkeypatch.setattr(
+        backend, "_decode", lambda q, *a: (decoded.append(len(q)), decode_part(q, *a))
+    )
+    backend.init_forward_metadata(step)
+    out = backend.forward_extend(q.flatten(1), k, v, layer, step)
+    assert decoded == [len(rows) - 2]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hybrid_backends_send_mixed_batches_to_the_sharing_one() -> None:
+    sharing = SimpleNamespace(takes_mixed=True)
+    hybrid: Any = SimpleNamespace(decode_backend=sharing)
+
+    def stock_rule(hybrid: Any, mode: ForwardMode) -> str:
+        return "stock"
+
+    assert select_backend(stock_rule, hybrid, ForwardMode.MIXED) is sharing
+    assert select_backend(stock_rule, hybrid, ForwardMode.EXTEND) == "stock"
+    sharing.takes_mixed = False
+    assert select_backend(stock_rule, hybrid, ForwardMode.MIXED) == "stock"

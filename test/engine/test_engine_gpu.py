@@ -61,8 +61,7 @@ def test_outputs_are_those_of_native_attention(mode: str, model: Path) -> None:
         pytest.skip("needs two GPUs")
     prompts = mixed_batch(2000 if mode == "large graphs" else 600)
     fused = outputs(model, prompts, batchllm_attention="fused", **options)
-    unmixed = {**options, "enable_mixed_chunk": False}
-    native = outputs(model, prompts, batchllm_attention="native", **unmixed)
+    native = outputs(model, prompts, batchllm_attention="native", **options)
     assert all(len(ids) == OUTPUT for ids in fused)
     equal = sum(
         a == b

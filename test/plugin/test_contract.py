@@ -29,7 +29,7 @@ SIGNATURES = {
     "managers.schedule_policy.PrefillAdder.__init__": "self, page_size, tree_cache, token_to_kv_pool_allocator, running_batch, new_token_ratio, rem_input_tokens, rem_chunk_tokens, num_mixed_decode_tokens, priority_scheduling_preemption_threshold, max_prefill_bs, max_running_requests, prefill_max_requests, prefill_delayer_single_pass, dllm_config, waiting_queue_len",
     "managers.schedule_policy.PrefillAdder.add_one_req": "self, req, has_chunked_req, truncation_align_size",
     "managers.schedule_policy.PrefillAdder._update_prefill_budget": "self, prefix_len, extend_input_len, max_new_tokens, retracted_stain, mamba_gap_reserve",
-    "model_executor.model_runner.ModelRunner._forward_raw": "self, forward_batch, pp_proxy_tensors, reinit_attn_backend, split_forward_count",
+    "layers.attention.hybrid_attn_backend.HybridAttnBackend._select_backend": "self, forward_mode",
     "managers.schedule_batch.Req.set_extend_range": "self, start, end",
     "managers.schedule_batch.Req.finished": "self",
     "mem_cache.radix_cache.RadixCache.__init__": "self, params",
@@ -101,9 +101,7 @@ ATTRIBUTES = {
         "full_untruncated_fill_ids"
     ),
     "managers.schedule_policy.PrefillAdder": "rem_total_token_offset cur_rem_token_offset",
-    "model_executor.model_runner.ModelRunner": (
-        "prefill_cuda_graph_runner war_fastpath_read_done_event ps gpu_id device"
-    ),
+    "layers.attention.hybrid_attn_backend.HybridAttnBackend": "decode_backend",
     "lang.interpreter.StreamExecutor": "variables variable_event meta_info messages_ text_ fork_start_text_pos error_",
     "managers.scheduler.Scheduler": (
         "waiting_queue chunked_req chunked_prefill_size max_prefill_tokens grammar_manager "
@@ -121,10 +119,7 @@ FIELDS = {
         "forward_mode batch_size input_ids req_pool_indices seq_lens seq_lens_cpu seq_lens_sum "
         "orig_seq_lens out_cache_loc positions extend_num_tokens extend_seq_lens "
         "extend_seq_lens_cpu extend_prefix_lens extend_prefix_lens_cpu extend_start_loc "
-        "extend_logprob_start_lens_cpu lora_ids rids mm_inputs top_logprobs_nums "
-        "token_ids_logprobs return_logprob capture_hidden_mode num_token_non_padded_cpu "
-        "input_embeds replace_embeds encoder_lens mrope_positions spec_info token_type_ids "
-        "mamba_track_indices global_num_tokens_cpu num_token_non_padded"
+        "extend_logprob_start_lens_cpu _attn_output"
     ),
 }
 """Fields of dataclasses."""

@@ -1,10 +1,10 @@
 """SGLang's attention backend ``batchllm``: decode shares prefixes, the rest stays native.
 
 Meant as ``--decode-attention-backend batchllm`` beside the native prefill backend: SGLang's
-hybrid backend then sends prefill (and mixed batches, where `runtime.mixed` does not part them)
-there and decode here. Written against SGLang 0.5.17: ``base_attn_backend.py`` (the metadata
-protocol), ``radix_attention.py`` (the layer), ``runner/decode_cuda_graph_runner.py`` (capture and
-replay).
+hybrid backend then sends prefill there and decode here, and mixed batches too (`mixed.py`).
+Written against
+SGLang 0.5.17: ``base_attn_backend.py`` (the metadata protocol), ``radix_attention.py`` (the
+layer), ``model_executor/runner/decode_cuda_graph_runner.py`` (capture and replay).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_batchllm.attention.fused import FusedDecode, choose_config
 from sglang_batchllm.attention.groups import GroupTable, get_group_table
+from sglang_batchllm.attention.mixed import MixedBatch, split_mixed
 from sglang_batchllm.attention.reference import shared_decode
 from sglang_batchllm.attention.worklist import WorkList, WorkListConfig, next_power_of_2
 
@@ -78,6 +79,8 @@ class BatchLLMAttnBackend(AttentionBackend):
                 self._fused_for(layer)
         # The native decode metadata costs host time each step: prepared only if a layer needs it.
         self.needs_native = bool(refused)
+        self.takes_mixed = not refused
+        self._mixed: MixedBatch | None = None
         self.needs_cpu_seq_lens = self.needs_native and native.needs_cpu_seq_lens
         if refused:
             logger.warning(
@@ -90,11 +93,18 @@ class BatchLLMAttnBackend(AttentionBackend):
     # -- metadata ------------------------------------------------------------------------------
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        self._mixed = None
+        if forward_batch.forward_mode.is_mixed() and self.takes_mixed:
+            self._mixed = split_mixed(forward_batch)
+            if self._mixed.prefill is not None:
+                self.native.init_forward_metadata(self._mixed.prefill)
+            self._build_work(self._mixed.rows, self._mixed.seq_lens)
+            return
         decode = forward_batch.forward_mode.is_decode_or_idle()
         if self.needs_native or not decode:
             self.native.init_forward_metadata(forward_batch)
         if decode:
-            self._build_work(forward_batch)
+            self._build_work(forward_batch.req_pool_indices, forward_batch.seq_lens)
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
@@ -103,7 +113,7 @@ class BatchLLMAttnBackend(AttentionBackend):
         if self.needs_native or not decode:
             self.native.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
         if decode:
-            self._build_work(forward_batch)
+            self._build_work(forward_batch.req_pool_indices, forward_batch.seq_lens)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         if self.needs_native or not forward_batch.forward_mode.is_decode_or_idle():
@@ -126,19 +136,14 @@ class BatchLLMAttnBackend(AttentionBackend):
         if self.needs_native:
             self.native.on_after_cuda_graph_warmup()
 
-    def _build_work(self, forward_batch: ForwardBatch) -> None:
+    def _build_work(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
         # Outside the graph, and so before the event that lets the scheduler write req_to_token
         # again.
-        rows = forward_batch.req_pool_indices
         if rows.numel() == 0:
             return
         for fused in self.fused.values():
             fused.work.build(
-                rows,
-                forward_batch.seq_lens,
-                self.table.group_id,
-                self.table.prefix_len,
-                self.req_to_token,
+                rows, seq_lens, self.table.group_id, self.table.prefix_len, self.req_to_token
             )
 
     # -- attention -----------------------------------------------------------------------------
@@ -153,8 +158,36 @@ class BatchLLMAttnBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Prefill, through the native backend."""
-        return self.native.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        """Prefill through the native backend; of a mixed batch, the decoding part as decode."""
+        mixed = self._mixed
+        if mixed is None:
+            return self.native.forward_extend(
+                q, k, v, layer, forward_batch, save_kv_cache, **kwargs
+            )
+        self._refuse_unknown(kwargs, known=("sinks",))
+        if save_kv_cache and k is not None:
+            self._save_kv(k, v, layer, forward_batch)
+        q = q.reshape(q.shape[0], -1)
+        out = q.new_empty(q.shape)
+        tokens = mixed.tokens
+        if mixed.prefill is not None:
+            mixed.prefill._attn_output = out[:tokens]  # backends that know it write there
+            prefilled = self.native.forward_extend(
+                q[:tokens],
+                k if k is None else k[:tokens],
+                v if v is None else v[:tokens],
+                layer,
+                mixed.prefill,
+                False,
+                **kwargs,
+            )
+            if prefilled.data_ptr() != out.data_ptr():
+                out[:tokens] = prefilled
+        if mixed.rows.numel():
+            self._decode(
+                q[tokens:], out[tokens:], layer, mixed.rows, mixed.seq_lens, kwargs.get("sinks")
+            )
+        return out
 
     def forward_decode(
         self,
@@ -176,20 +209,44 @@ class BatchLLMAttnBackend(AttentionBackend):
             return self.native.forward_decode(
                 q, k, v, layer, forward_batch, save_kv_cache, **kwargs
             )
-        unknown = sorted(name for name, value in kwargs.items() if value is not None)
+        self._refuse_unknown(kwargs)
+        if save_kv_cache and k is not None:
+            self._save_kv(k, v, layer, forward_batch)
+        q = q.reshape(q.shape[0], -1)
+        out = q.new_empty(q.shape)
+        self._decode(q, out, layer, forward_batch.req_pool_indices, forward_batch.seq_lens, sinks)
+        return out
+
+    @staticmethod
+    def _refuse_unknown(arguments: dict[str, Any], known: tuple[str, ...] = ()) -> None:
+        unknown = sorted(
+            name for name, value in arguments.items() if value is not None and name not in known
+        )
         if unknown:
             raise RuntimeError(
                 f"batchllm attention does not know the model's attention arguments {unknown}: "
                 "start with --batchllm-attention native"
             )
-        if save_kv_cache and k is not None:
-            self.token_to_kv_pool.set_kv_buffer(
-                layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale
-            )
-        q = q.reshape(q.shape[0], -1)
-        out = q.new_empty(q.shape)
-        shape = (q.shape[0], layer.tp_q_head_num, layer.head_dim)
+
+    def _save_kv(
+        self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> None:
+        self.token_to_kv_pool.set_kv_buffer(
+            layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale
+        )
+
+    def _decode(
+        self,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        layer: RadixAttention,
+        rows: torch.Tensor,
+        seq_lens: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """Write the attention of q [batch, query heads * head_dim] over the cache into out."""
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        shape = (q.shape[0], layer.tp_q_head_num, layer.head_dim)
         k_scale, v_scale = _kv_scales(layer)
         softcap = layer.logit_cap or 0.0
         if self.use_kernels:
@@ -205,14 +262,14 @@ class BatchLLMAttnBackend(AttentionBackend):
                 k_scale,
                 v_scale,
             )
-            return out
+            return
         result = shared_decode(
             q.view(shape),
             k_cache,
             v_cache,
             self.req_to_token,
-            forward_batch.req_pool_indices,
-            forward_batch.seq_lens,
+            rows,
+            seq_lens,
             self.table.group_id,
             self.table.prefix_len,
             layer.scaling * k_scale,
@@ -220,7 +277,6 @@ class BatchLLMAttnBackend(AttentionBackend):
             sinks,
         )
         out.view(shape).copy_(result * v_scale)
-        return out
 
     # -- buffers -------------------------------------------------------------------------------
 
