@@ -19,8 +19,10 @@ from prompts import distinct_tokens
 from sglang_batchllm.frontend import run_batch
 from sglang_batchllm.frontend.channel import find_channel
 from sglang_batchllm.frontend.engine_backend import EngineBackend
+from sglang_batchllm.frontend.exchange import encode, request_line
 from sglang_batchllm.frontend.tracing import trace_program
 from sglang_batchllm.planning import plan_batch
+from sglang_batchllm.request_ids import new_batch_id
 
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
@@ -50,6 +52,20 @@ def test_who_is_asked_for_the_flag(remote, local, stock):
     assert find_channel(local) is not None
     assert find_channel(stock) is None
     assert find_channel(object()) is None
+
+
+@pytest.mark.parametrize("where", ["remote", "local"])
+def test_a_hand_over_ends_when_all_programs_have(request, where):
+    channel = find_channel(request.getfixturevalue(where))
+    assert channel is not None
+    batch, body = new_batch_id(), encode({"text": "Once", "sampling_params": {"max_new_tokens": 2}})
+    lines = [request_line(program, body, more=True) for program in range(3)]
+    answered = []
+    for answer in channel.hand_over(batch, lines):
+        if answer is not None:
+            answered.append(answer[0])
+            channel.end_programs(batch, {answer[0]: False})
+    assert sorted(answered) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("form", FORMS)

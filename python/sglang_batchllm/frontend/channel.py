@@ -42,7 +42,7 @@ class Channel:
         if server is not None:
             yield from read_answers(server.hand_over(batch, _chunks(lines)))
             return
-        with self._post(batch, _chunks(lines)) as response:
+        with self._post(batch, _chunks(lines), "application/x-ndjson") as response:
             yield from read_answers(response.iter_lines(_CHUNK_BYTES))
 
     def end_programs(self, batch: str, programs: dict[int, bool]) -> None:
@@ -54,12 +54,12 @@ class Channel:
         if server is not None:
             server.end_programs(batch, programs)
         else:
-            self._post(
-                f"{batch}/ended", orjson.dumps(programs, option=orjson.OPT_NON_STR_KEYS)
-            ).close()
+            body = orjson.dumps(programs, option=orjson.OPT_NON_STR_KEYS)
+            self._post(f"{batch}/ended", body, "application/json").close()
 
-    def _post(self, path: str, data: bytes | Iterator[bytes]) -> requests.Response:
-        headers = {"Content-Type": "application/x-ndjson"}
+    def _post(self, path: str, data: bytes | Iterator[bytes], kind: str) -> requests.Response:
+        """kind: the media type of `data`."""
+        headers = {"Content-Type": kind}
         if self.endpoint.api_key is not None:
             headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
         response = requests.post(

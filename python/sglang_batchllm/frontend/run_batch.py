@@ -119,6 +119,7 @@ class _Batch:
         # Programs of which the server has yet to be told, and whether they went on.
         self._ended: deque[tuple[_Start, bool]] = deque()
         self._telling = threading.Lock()
+        self._untold = False
         self._changed = threading.Condition()
         self._unfinished = len(arguments)
         self._results: list[ProgramState | BaseException | None] = [None] * len(arguments)
@@ -270,6 +271,8 @@ class _Batch:
                 for batch, programs in ended.items():
                     self._channel.end_programs(batch, programs)
             except Exception as error:
-                logger.debug("The server was not told that programs ended: %r", error)
+                log = logger.debug if self._untold else logger.warning
+                log("The server was not told that programs ended: %r", error)
+                self._untold = True
             finally:
                 self._telling.release()
