@@ -6,8 +6,7 @@ Sides: stock SGLang, and --batchllm with fused and with native attention. Each s
 process of its own per KV pool size, one after the other on the same GPU, and all its cases in
 that process, each after a warm-up batch of the same shape with other tokens. Stock SGLang runs
 every case twice, prompts shuffled and prompts sorted by group, and is quoted at the better.
-`--load-format dummy` takes random weights: outputs are meaningless and cost the same. With
-`--profile`, one more run of each case says where a decode step's GPU time goes.
+`--load-format dummy` takes random weights: outputs are meaningless and cost the same.
 """
 
 from __future__ import annotations
@@ -25,10 +24,6 @@ from typing import Any
 from batches import CASES, Batch
 from roofline import ModelShape, floor
 from steps import read_steps, record_steps
-from traces import decode_step
-
-PROFILED_STEPS = 4
-
 
 SIDES = {
     "fused": {"batchllm": True, "batchllm_attention": "fused"},
@@ -41,7 +36,6 @@ def run_side(
     options: dict[str, Any],
     cases: Sequence[Batch],
     side: str,
-    profile: bool,
     steps: bool,
     pipe: Any,
 ) -> None:
@@ -72,20 +66,9 @@ def run_side(
                 if steps:
                     time.sleep(0.5)  # until the scheduler has flushed its file
                     ran = (step for step in read_steps(steps_file) if step.start >= started)
+                    if "chunked_prefill_size" in options:
+                        result["chunk"] = options["chunked_prefill_size"]
                     result["steps"] = [[round(x, 5) for x in asdict(step).values()] for step in ran]
-                if profile and order == "shuffled":
-                    with tempfile.TemporaryDirectory() as folder:
-                        engine.flush_cache()
-                        engine.start_profile(
-                            output_dir=folder,
-                            num_steps=PROFILED_STEPS,
-                            profile_by_stage=True,
-                            activities=["GPU"],
-                            with_stack=False,
-                            record_shapes=False,
-                        )
-                        engine.generate(input_ids=prompts, sampling_params=sampling)
-                        result["decode_step"] = decode_step(Path(folder), PROFILED_STEPS)
                 pipe.send(result)
     finally:
         engine.shutdown()
@@ -149,7 +132,6 @@ def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, 
                     {**options, "max_total_tokens": kv_tokens},
                     same_pool,
                     side,
-                    args.profile,
                     args.steps is not None,
                     sender,
                 ),
@@ -176,7 +158,6 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--profile", action="store_true", help="profile decode steps too")
     parser.add_argument("--steps", type=Path, help="record every forward step in this file")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--load-format", default="dummy")

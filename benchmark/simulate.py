@@ -47,19 +47,21 @@ def compare(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     predicted_by_others: with a cost model that never saw a run of the case.
     """
     model = fit(runs)
-    played: dict[tuple[str, bool], list[Work]] = {}
+    played: dict[tuple[str, Policy], list[Work]] = {}
     rows = []
     for run in runs:
         steps, batch = steps_of(run), CASES[run["case"]]
         mixed = any(step.prefill_tokens and step.decode_requests for step in steps)
-        if (batch.name, mixed) not in played:
-            played[batch.name, mixed] = simulate(batch, Policy(mixed=mixed))
-        works, least = played[batch.name, mixed], floor(batch)
+        policy = Policy(run.get("chunk", Policy.chunk), mixed)
+        if (batch.name, policy) not in played:
+            played[batch.name, policy] = simulate(batch, policy)
+        works, least = played[batch.name, policy], floor(batch)
         others = [other for other in runs if other["case"] != batch.name]
         graph_limit, tokens = graph_limit_of(steps), run["prompt_tokens"]
         row = {
             "case": batch.name,
             "mixed": mixed,
+            "chunk": policy.chunk,
             "graph_limit": graph_limit,
             "steps": len(steps),
             "simulated_steps": len(works),
@@ -84,14 +86,24 @@ def _equal(step: Step, work: Work) -> bool:
 
 
 def print_comparison(rows: Sequence[dict[str, Any]]) -> None:
-    columns = ("case", "mixed", "graphs", "steps", "played", "equal", "seconds", "predicted")
+    columns = (
+        "case",
+        "mixed",
+        "chunk",
+        "graphs",
+        "steps",
+        "played",
+        "equal",
+        "seconds",
+        "predicted",
+    )
     print("".join(f"{word:>10}" for word in (*columns, "error", "others", "floor", "reached")))
     for row in rows:
         measured = row["seconds"]
         error = row["predicted"] / measured - 1
         others = row.get("predicted_by_others", float("nan")) / measured - 1
         print(
-            f"{row['case']:>10}{row['mixed']!s:>10}{row['graph_limit']!s:>10}{row['steps']:>10}"
+            f"{row['case']:>10}{row['mixed']!s:>10}{row['chunk']:>10}{row['graph_limit']!s:>10}{row['steps']:>10}"
             f"{row['simulated_steps']:>10}{row['equal_steps']:>10.1%}"
             f"{measured:>10.2f}{row['predicted']:>10.2f}{error:>10.1%}{others:>10.1%}"
             f"{row['floor']['seconds']:>10.2f}{row['floor']['seconds'] / measured:>10.1%}"

@@ -1,4 +1,4 @@
-"""Where the GPU time of a decode step goes, from the traces of SGLang's profiler."""
+"""Where the GPU time of a step goes, from the traces of SGLang's profiler."""
 
 from __future__ import annotations
 
@@ -9,33 +9,49 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ATTENTION_KERNELS = (
-    *("flash", "attention", "attn"),  # fa3
-    *("fused_decode_kernel", "merge_kernel", "_plan_kernel", "_emit_kernel"),  # ours, all of it
-)
-"""Parts of kernel names."""
+KINDS = {
+    "attention": (
+        *("flash::", "attention", "attn"),  # fa3; norms are "flashinfer::norm"
+        *("fused_decode_kernel", "merge_kernel", "_plan_kernel", "_emit_kernel"),  # ours
+    ),
+    "matrices": ("nvjet", "gemm", "splitkreduce"),
+}
+"""Parts of kernel names; what has none of them is of kind "other"."""
+
+STAGES = {"prefill": "EXTEND", "decode": "DECODE"}
+"""A stage's name in the names of trace files."""
 
 
-def decode_step(folder: Path, steps: int, wait_seconds: float = 60) -> dict[str, Any]:
-    """Mean GPU milliseconds of a profiled decode step: all kernels, attention's alone, none.
+def wait_for_trace(folder: Path, stage: str, wait_seconds: float = 60) -> Path:
+    """The trace of a stage that SGLang writes into `folder`, once it is whole.
 
-    folder: where SGLang wrote its traces, one of them for decode. Returns also the ten most
-    expensive kernels by name. Raises FileNotFoundError if no decode trace appears in time.
+    Raises FileNotFoundError if none appears in time.
     """
     deadline = time.monotonic() + wait_seconds
-    while not (paths := [p for p in folder.rglob("*.json.gz") if "DECODE" in p.name.upper()]):
+    while not (paths := [p for p in folder.rglob("*.json.gz") if STAGES[stage] in p.name.upper()]):
         if time.monotonic() > deadline:
             found = [path.name for path in folder.rglob("*")]
-            raise FileNotFoundError(f"no decode trace among {found}")
-        time.sleep(1)
-    time.sleep(5)  # until it is written whole
-    with gzip.open(paths[0]) as file:
+            raise FileNotFoundError(f"no trace of {stage} steps among {found}")
+        time.sleep(0.5)
+    size = -1
+    while size != (size := paths[0].stat().st_size):
+        time.sleep(2)
+    return paths[0]
+
+
+def mean_step(trace: Path, steps: int) -> dict[str, Any]:
+    """Milliseconds of GPU time of one of the `steps` steps in a trace: all kernels, by kind, the
+    most expensive kernels by name, and the gaps between kernels (`idle_ms`)."""
+    with gzip.open(trace) as file:
         events = json.load(file)["traceEvents"]
     kernels: Counter[str] = Counter()
+    kinds = dict.fromkeys((*KINDS, "other"), 0.0)
     spans = []
     for event in events:
         if event.get("cat") == "kernel":
-            kernels[event["name"]] += event["dur"] / 1000 / steps
+            name, ms = event["name"], event["dur"] / 1000 / steps
+            kernels[name] += ms
+            kinds[_kind(name)] += ms
             spans.append((event["ts"], event["ts"] + event["dur"]))
     spans.sort()
     idle = 0.0
@@ -43,16 +59,17 @@ def decode_step(folder: Path, steps: int, wait_seconds: float = 60) -> dict[str,
     for start, end in spans:
         idle += max(start - busy_until, 0.0)
         busy_until = max(busy_until, end)
-    attention = sum(
-        ms
-        for name, ms in kernels.items()
-        if any(part in name.lower() for part in ATTENTION_KERNELS)
-    )
-    total = sum(kernels.values())
     return {
-        "gpu_ms": total,
+        "gpu_ms": sum(kernels.values()),
         "idle_ms": idle / 1000 / steps,
-        "attention_ms": attention,
-        "attention_share": attention / total if total else 0.0,
+        **{f"{kind}_ms": ms for kind, ms in kinds.items()},
         "kernels_ms": {name[:80]: ms for name, ms in kernels.most_common(14)},
     }
+
+
+def _kind(kernel: str) -> str:
+    kernel = kernel.lower()
+    for kind, parts in KINDS.items():
+        if any(part in kernel for part in parts):
+            return kind
+    return "other"
