@@ -10,7 +10,19 @@ from engine_model import EngineModel, Policy
 from steps import Step
 
 POLICIES = [Policy(chunk, mixed) for chunk in (64, 256) for mixed in (False, True)]
-MODEL = CostModel(2.5, 0.022, 128, 1.1e-6, 3.3e-5, 1e-6, 14.0, 1.0, 1e-4)
+MODEL = CostModel(
+    decode_step_ms=2.5,
+    prefill_step_ms=4.0,
+    token_ms=0.022,
+    least_tokens=128,
+    pair_ms=1.1e-6,
+    kv_ms=3.3e-5,
+    context_ms=1e-6,
+    eager_host_ms=14.0,
+    mixed_host_ms=25.0,
+    graph_host_ms=1.0,
+    ingest_ms=1e-4,
+)
 
 
 def make_batch(seed: int) -> tuple[list[list[int]], list[int]]:
