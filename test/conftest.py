@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engines import AMPLE, CONTEXT_LENGTH, SCARCE, SERVER_PAGE_SIZE, VOCAB_SIZE, Server
+from engines import AMPLE, CONTEXT_LENGTH, MIXING, SCARCE, SERVER_PAGE_SIZE, VOCAB_SIZE, Server
 from tiny_model import make_tiny_model
 
 # Every engine checks that no KV slot is lost or counted twice, busy and idle.
@@ -61,6 +61,19 @@ def scarce_engine(tiny_model: Path) -> Iterator[Any]:
         batchllm_attention="fused",
         max_total_tokens=SCARCE,
         chunked_prefill_size=48,
+    )
+
+
+@pytest.fixture(scope="session")
+def mixing_engine(tiny_model: Path) -> Iterator[Any]:
+    """Some requests decode while others are prefilled, in one forward step."""
+    yield from _engine(
+        tiny_model,
+        batchllm=True,
+        batchllm_attention="fused",
+        max_total_tokens=MIXING,
+        chunked_prefill_size=96,
+        enable_mixed_chunk=True,
     )
 
 

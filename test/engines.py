@@ -18,6 +18,7 @@ API_KEY = "test-key"
 VOCAB_SIZE = 512
 CONTEXT_LENGTH = 2048
 AMPLE = 20_000
+MIXING = 1_200  # for a third of a batch of 150
 SCARCE = 400
 SERVER_PAGE_SIZE = 16
 

@@ -2,31 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
-import sglang
-
 from prompts import distinct_tokens, mixed_batch
-
-
-@pytest.fixture(scope="module")
-def mixing_engine(tiny_model: Path) -> Iterator[Any]:
-    """KV for a third of the batch, so that some requests decode while others are prefilled."""
-    engine = sglang.Engine(
-        model_path=str(tiny_model),
-        dtype="float32",
-        sleep_on_idle=True,
-        batchllm=True,
-        batchllm_attention="fused",
-        enable_mixed_chunk=True,
-        chunked_prefill_size=96,
-        max_total_tokens=1200,
-    )
-    yield engine
-    engine.shutdown()
 
 
 def test_outputs_are_those_of_stock_sglang(mixing_engine: Any, stock_engine: Any) -> None:
