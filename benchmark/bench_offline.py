@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from batches import CASES, Batch
+from processes import results_of
 from roofline import ModelShape, floor
 from steps import read_steps, record_steps
 
@@ -29,6 +29,12 @@ SIDES = {
     "fused": {"batchllm": True, "batchllm_attention": "fused"},
     "native": {"batchllm": True, "batchllm_attention": "native"},
     "stock": {},
+}
+
+ENGINE_OPTIONS = {
+    "skip_tokenizer_init": True,
+    "disable_prefill_cuda_graph": True,  # takes a minute to capture
+    "log_level": "error",
 }
 
 
@@ -112,45 +118,28 @@ def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, 
     options: dict[str, Any] = {
         "model_path": args.model,
         "load_format": args.load_format,
-        "skip_tokenizer_init": True,
-        "disable_prefill_cuda_graph": True,
-        "log_level": "error",
+        **ENGINE_OPTIONS,
         **args.options,
     }
     shape = ModelShape.of(json.loads((Path(args.model) / "config.json").read_text()))
     floors = {case.name: case.requests / floor(case, shape).seconds for case in cases}
     results: list[dict[str, Any]] = []
     recorded: list[dict[str, Any]] = []
-    context = multiprocessing.get_context("spawn")
     for kv_tokens in dict.fromkeys(case.kv_tokens for case in cases):
         same_pool = [case for case in cases if case.kv_tokens == kv_tokens]
         for side in args.sides:
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=run_side,
-                args=(
-                    {**options, "max_total_tokens": kv_tokens},
-                    same_pool,
-                    side,
-                    args.steps is not None,
-                    sender,
-                ),
-            )
-            process.start()
-            sender.close()
-            try:
-                while True:
-                    results.append(receiver.recv())
-                    if args.steps:
-                        recorded.append({**results[-1]})
-                        args.steps.write_text(json.dumps(recorded))
-                        del results[-1]["steps"]
-                    results[-1]["floor_requests_per_second"] = floors[results[-1]["case"]]
-                    print(json.dumps(results[-1]), flush=True)
-                    if args.json:
-                        args.json.write_text(json.dumps(results, indent=1))
-            except EOFError:
-                process.join()
+            of_pool = {**options, "max_total_tokens": kv_tokens}
+            recording = args.steps is not None
+            for result in results_of(run_side, of_pool, same_pool, side, recording):
+                if recording:
+                    recorded.append({**result})
+                    args.steps.write_text(json.dumps(recorded))
+                    del result["steps"]
+                result["floor_requests_per_second"] = floors[result["case"]]
+                results.append(result)
+                print(json.dumps(result), flush=True)
+                if args.json:
+                    args.json.write_text(json.dumps(results, indent=1))
     return results
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import random
 import shutil
 import sys
@@ -35,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from processes import results_of
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -79,7 +80,6 @@ def main() -> None:
     shape = Shape(args.requests, args.degree, args.prefix, args.suffix, args.output)
 
     results: list[dict[str, Any]] = []
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
         shutil.copy(args.model / "config.json", model)
@@ -87,18 +87,11 @@ def main() -> None:
         train_tokenizer(model, python_sources(), min(VOCAB_SIZE, model_vocab))
         flags = ["--model-path", folder, "--load-format", "dummy", *args.flags]
         for side in args.sides:
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=run_side, args=(side, model, flags, shape, sender))
-            process.start()
-            sender.close()
-            try:
-                while True:
-                    results.append({"shape": vars(shape), **receiver.recv()})
-                    print(json.dumps(results[-1]), flush=True)
-                    if args.json:
-                        args.json.write_text(json.dumps(results, indent=1) + "\n")
-            except EOFError:
-                process.join()
+            for result in results_of(run_side, side, model, flags, shape):
+                results.append({"shape": vars(shape), **result})
+                print(json.dumps(results[-1]), flush=True)
+                if args.json:
+                    args.json.write_text(json.dumps(results, indent=1) + "\n")
     print_table(results)
 
 

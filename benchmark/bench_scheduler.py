@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from batches import Case
+from processes import results_of
 from steps import read_steps, record_steps
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -93,15 +93,10 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     model = make_tiny_model(folder, [__doc__], VOCABULARY, 4096, hidden_size=256, head_dim=64)
     results = []
-    context = multiprocessing.get_context("spawn")
     for side in ("batchllm", "stock"):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=run_side, args=(str(model), side, args.requests, sender))
-        process.start()
-        sender.close()
-        results.append(receiver.recv())
-        process.join()
-        print(json.dumps(results[-1]), flush=True)
+        for figures in results_of(run_side, str(model), side, args.requests):
+            results.append(figures)
+            print(json.dumps(figures), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from batches import Case
-from bench_offline import SIDES
+from bench_offline import ENGINE_OPTIONS, SIDES
+from processes import results_of
 from traces import STAGES, mean_step, wait_for_trace
 
 STEPS = 6
@@ -86,27 +86,13 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=["fused", "stock"])
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
-    options = {
-        "model_path": args.model,
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "disable_prefill_cuda_graph": True,
-        "log_level": "error",
-    }
+    options = {"model_path": args.model, "load_format": "dummy", **ENGINE_OPTIONS}
     results: list[dict[str, Any]] = []
-    context = multiprocessing.get_context("spawn")
     for side in args.sides:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=run_side, args=(options, side, sender))
-        process.start()
-        sender.close()
-        try:
-            while True:
-                results += receiver.recv()
-                if args.json:
-                    args.json.write_text(json.dumps(results, indent=1) + "\n")
-        except EOFError:
-            process.join()
+        for rows_of_case in results_of(run_side, options, side):
+            results += rows_of_case
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=1) + "\n")
     print_table(results)
 
 

@@ -92,8 +92,12 @@ class CostModel:
         return seconds
 
     def host_ms(self, work: Work, graph_limit: int | None) -> float:
-        kinds = {"graph": self.graph_host_ms, "mixed": self.mixed_host_ms}
-        return kinds.get(_host_kind(work, graph_limit), self.eager_host_ms)
+        host_ms = {
+            "eager": self.eager_host_ms,
+            "mixed": self.mixed_host_ms,
+            "graph": self.graph_host_ms,
+        }
+        return host_ms[_host_kind(work, graph_limit)]
 
     def ends(self, works: Sequence[Work], graph_limit: int | None) -> np.ndarray:
         """When each step is done on the GPU, float64[len(works)], seconds after the first launch.

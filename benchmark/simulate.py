@@ -87,23 +87,17 @@ def _equal(step: Step, work: Work) -> bool:
 
 def print_comparison(rows: Sequence[dict[str, Any]]) -> None:
     columns = (
-        "case",
-        "mixed",
-        "chunk",
-        "graphs",
-        "steps",
-        "played",
-        "equal",
-        "seconds",
-        "predicted",
+        *("case", "mixed", "chunk", "graphs", "steps", "played", "equal"),
+        *("seconds", "predicted", "error", "others", "floor", "reached"),
     )
-    print("".join(f"{word:>10}" for word in (*columns, "error", "others", "floor", "reached")))
+    print("".join(f"{word:>10}" for word in columns))
     for row in rows:
         measured = row["seconds"]
         error = row["predicted"] / measured - 1
         others = row.get("predicted_by_others", float("nan")) / measured - 1
         print(
-            f"{row['case']:>10}{row['mixed']!s:>10}{row['chunk']:>10}{row['graph_limit']!s:>10}{row['steps']:>10}"
+            f"{row['case']:>10}{row['mixed']!s:>10}{row['chunk']:>10}"
+            f"{row['graph_limit']!s:>10}{row['steps']:>10}"
             f"{row['simulated_steps']:>10}{row['equal_steps']:>10.1%}"
             f"{measured:>10.2f}{row['predicted']:>10.2f}{error:>10.1%}{others:>10.1%}"
             f"{row['floor']['seconds']:>10.2f}{row['floor']['seconds'] / measured:>10.1%}"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engines import AMPLE, CONTEXT_LENGTH, MIXING, SCARCE, SERVER_PAGE_SIZE, VOCAB_SIZE, Server
+from steps import record_steps
 from tiny_model import make_tiny_model
 
 # Every engine checks that no KV slot is lost or counted twice, busy and idle.
@@ -25,10 +26,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(folder, [Path.__doc__ or ""], VOCAB_SIZE, CONTEXT_LENGTH)
 
 
-def _engine(model: Path, **options: Any) -> Iterator[Any]:
+def _engine(model: Path, engine_class: Any = None, **options: Any) -> Iterator[Any]:
     import sglang
 
-    engine = sglang.Engine(model_path=str(model), dtype="float32", sleep_on_idle=True, **options)
+    engine = (engine_class or sglang.Engine)(
+        model_path=str(model), dtype="float32", sleep_on_idle=True, **options
+    )
     yield engine
     engine.shutdown()
 
@@ -65,10 +68,23 @@ def scarce_engine(tiny_model: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def mixing_engine(tiny_model: Path) -> Iterator[Any]:
+def steps_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the mixing engine's forward steps are recorded."""
+    return tmp_path_factory.mktemp("steps") / "steps"
+
+
+@pytest.fixture(scope="session")
+def mixing_engine(tiny_model: Path, steps_file: Path) -> Iterator[Any]:
     """Some requests decode while others are prefilled, in one forward step."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    class RecordedEngine(Engine):
+        pass
+
+    record_steps(RecordedEngine, steps_file)
     yield from _engine(
         tiny_model,
+        RecordedEngine,
         batchllm=True,
         batchllm_attention="fused",
         max_total_tokens=MIXING,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from prompts import distinct_tokens, mixed_batch
+from steps import read_steps
 
 
-def test_outputs_are_those_of_stock_sglang(mixing_engine: Any, stock_engine: Any) -> None:
+def test_outputs_are_those_of_stock_sglang(
+    mixing_engine: Any, stock_engine: Any, steps_file: Path
+) -> None:
     """Plain requests, some with penalties, and with logprobs, which SGLang does not mix."""
     prompts = mixed_batch(150)
     sampling = [
@@ -28,3 +32,5 @@ def test_outputs_are_those_of_stock_sglang(mixing_engine: Any, stock_engine: Any
     infos = [result["meta_info"] for result in runs[mixing_engine][: len(prompts)]]
     computed = sum(info["prompt_tokens"] - info["cached_tokens"] for info in infos)
     assert computed == distinct_tokens(prompts)
+    mixed = [s for s in read_steps(steps_file) if s.prefill_tokens and s.decode_requests]
+    assert len(mixed) > 10
