@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from engines import AMPLE, CONTEXT_LENGTH, MIXING, SCARCE, SERVER_PAGE_SIZE, VOCAB_SIZE, Server
+from engines import (
+    AMPLE,
+    CONTEXT_LENGTH,
+    MIXING,
+    SCARCE,
+    SERVER_PAGE_SIZE,
+    VOCAB_SIZE,
+    Server,
+    record_last_layer,
+)
 from steps import record_steps
 from tiny_model import make_tiny_model
 
@@ -74,7 +83,13 @@ def steps_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mixing_engine(tiny_model: Path, steps_file: Path) -> Iterator[Any]:
+def last_layer_file(steps_file: Path) -> Path:
+    """Where the rows in the end of the mixing engine's last layer are recorded."""
+    return steps_file.with_name("last_layer")
+
+
+@pytest.fixture(scope="session")
+def mixing_engine(tiny_model: Path, steps_file: Path, last_layer_file: Path) -> Iterator[Any]:
     """Some requests decode while others are prefilled, in one forward step."""
     from sglang.srt.entrypoints.engine import Engine
 
@@ -82,6 +97,7 @@ def mixing_engine(tiny_model: Path, steps_file: Path) -> Iterator[Any]:
         pass
 
     record_steps(RecordedEngine, steps_file)
+    record_last_layer(RecordedEngine, last_layer_file)
     yield from _engine(
         tiny_model,
         RecordedEngine,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,31 @@ AMPLE = 20_000
 MIXING = 1_200  # for a third of a batch of 150
 SCARCE = 400
 SERVER_PAGE_SIZE = 16
+
+
+def record_last_layer(engine_class: Any, path: Path) -> None:
+    """Engines made from `engine_class` from now on write to `path`, a line per forward step, how
+    many rows reach the MLP of the model's last layer."""
+    engine_class.run_scheduler_process_func = staticmethod(
+        functools.partial(
+            _recorded_scheduler_process, engine_class.run_scheduler_process_func, path
+        )
+    )
+
+
+def _recorded_scheduler_process(inner: Callable[..., Any], path: Path, *args: Any, **kw: Any):
+    from sglang.srt.managers.scheduler import Scheduler
+
+    prepare = Scheduler.init_schedule_policy
+    file = path.open("w", buffering=1)
+
+    def record(self: Any) -> None:
+        prepare(self)
+        mlp = self.tp_worker.model_runner.model.model.layers[-1].mlp
+        mlp.register_forward_pre_hook(lambda _, args: print(args[0].shape[0], file=file))
+
+    Scheduler.init_schedule_policy = record
+    inner(*args, **kw)
 
 
 class Server:

@@ -90,12 +90,21 @@ class BatchLLMServerArgs(ServerArgs):
             sys.exit(f"error: {error}")
 
     def _handle_gpu_memory_settings(self, gpu_mem: float | None) -> None:
+        graphs = self.cuda_graph_config if self.batchllm else None
+        if graphs is None:
+            super()._handle_gpu_memory_settings(gpu_mem)
+            return
         large = self.device == "cuda" and (gpu_mem or 0) >= LARGE_GPU_MIB
-        if self.batchllm and large and self.cuda_graph_config is not None:
-            decode = self.cuda_graph_config.decode
-            if decode.max_bs is None and decode.bs is None:
-                decode.max_bs = LARGE_GPU_GRAPH_BATCH
+        if large and graphs.decode.max_bs is None and graphs.decode.bs is None:
+            graphs.decode.max_bs = LARGE_GPU_GRAPH_BATCH
+        prefill_is_given = graphs.prefill.max_bs is not None or graphs.prefill.bs is not None
         super()._handle_gpu_memory_settings(gpu_mem)
+        if not prefill_is_given and graphs.prefill.bs:
+            # Full steps run eagerly, with less of the last layer (`last_layer.py`): their launches
+            # take a tenth of their GPU time, and a graph would compute it whole.
+            limit = (graphs.prefill.max_bs or 0) // 2
+            graphs.prefill.max_bs = limit
+            graphs.prefill.bs = [size for size in graphs.prefill.bs if size <= limit]
 
     def _wants_fused_attention(self) -> bool:
         if self.batchllm_attention == "auto":

@@ -62,12 +62,13 @@ def _register_runtime() -> None:
 
 @functools.cache
 def extend_runtime() -> None:
-    """In a scheduler process, once the flag is on: admission by memory, shared mixed batches, and a
-    message of ours among those that it understands."""
+    """In a scheduler process, once the flag is on: admission by memory, shared mixed batches,
+    packed queries, and a message of ours among those that it understands."""
     from sglang.srt.managers.io_struct import hook_custom_types
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_batchllm.attention.mixed import select_backend
+    from sglang_batchllm.attention.queries import forward_with_packed_queries
     from sglang_batchllm.runtime.adder import ForecastPrefillAdder
     from sglang_batchllm.runtime.held import ReleaseTexts
 
@@ -75,11 +76,15 @@ def extend_runtime() -> None:
     HookRegistry.register(
         "sglang.srt.managers.schedule_policy.PrefillAdder", ForecastPrefillAdder, HookType.REPLACE
     )
-    HookRegistry.register(
-        "sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend._select_backend",
-        select_backend,
-        HookType.AROUND,
-    )
+    for name, wrapper in {
+        "_select_backend": select_backend,
+        "forward": forward_with_packed_queries,
+    }.items():
+        HookRegistry.register(
+            f"sglang.srt.layers.attention.hybrid_attn_backend.HybridAttnBackend.{name}",
+            wrapper,
+            HookType.AROUND,
+        )
     HookRegistry.apply_hooks()
 
 

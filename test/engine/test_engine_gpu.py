@@ -1,4 +1,4 @@
-"""Whole engines on NVIDIA GPUs: fused attention gives the outputs of native attention."""
+"""Whole engines on NVIDIA GPUs: `--batchllm` gives the outputs of stock SGLang."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ pytestmark = [
 OUTPUT = 24
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
+    "prefill graphs": {
+        "cuda_graph_backend_prefill": "breakable",
+        "cuda_graph_bs_prefill": [64, 256, 1024],
+    },
     "large graphs": {"cuda_graph_bs_decode": [1, 64, 2048], "max_running_requests": 2048},
     "mixed chunks": {"enable_mixed_chunk": True, "chunked_prefill_size": 512},
     "scarce": {"max_total_tokens": 4096, "chunked_prefill_size": 512},
@@ -41,7 +45,6 @@ def outputs(model: Path, prompts: list[list[int]], **options: Any) -> list[list[
     engine = sglang.Engine(
         model_path=str(model),
         dtype="bfloat16",
-        batchllm=True,
         disable_prefill_cuda_graph=True,
         mem_fraction_static=0.5,
         **options,
@@ -55,17 +58,17 @@ def outputs(model: Path, prompts: list[list[int]], **options: Any) -> list[list[
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_outputs_are_those_of_native_attention(mode: str, model: Path) -> None:
+def test_outputs_are_those_of_stock_sglang(mode: str, model: Path) -> None:
     options = MODES[mode]
     if options.get("tp_size", 1) > torch.cuda.device_count():
         pytest.skip("needs two GPUs")
     prompts = mixed_batch(2000 if mode == "large graphs" else 600)
-    fused = outputs(model, prompts, batchllm_attention="fused", **options)
-    native = outputs(model, prompts, batchllm_attention="native", **options)
+    fused = outputs(model, prompts, batchllm=True, batchllm_attention="fused", **options)
+    stock = outputs(model, prompts, **options)
     assert all(len(ids) == OUTPUT for ids in fused)
     equal = sum(
         a == b
-        for ours, theirs in zip(fused, native, strict=True)
+        for ours, theirs in zip(fused, stock, strict=True)
         for a, b in zip(ours, theirs, strict=True)
     )
     agreement = equal / (OUTPUT * len(prompts))

@@ -34,3 +34,15 @@ def test_outputs_are_those_of_stock_sglang(
     assert computed == distinct_tokens(prompts)
     mixed = [s for s in read_steps(steps_file) if s.prefill_tokens and s.decode_requests]
     assert len(mixed) > 10
+
+
+def test_the_last_layer_ends_in_one_row_per_request(
+    mixing_engine: Any, steps_file: Path, last_layer_file: Path
+) -> None:
+    prompts = mixed_batch(40)
+    mixing_engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 6})
+    mixing_engine.flush_cache()
+    steps = read_steps(steps_file)
+    rows = [int(line) for line in last_layer_file.read_text().splitlines()]
+    assert rows == [step.prefill_requests + step.decode_requests for step in steps]
+    assert sum(rows) < sum(step.prefill_tokens + step.decode_requests for step in steps) / 2

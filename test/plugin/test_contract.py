@@ -30,6 +30,10 @@ SIGNATURES = {
     "managers.schedule_policy.PrefillAdder.add_one_req": "self, req, has_chunked_req, truncation_align_size",
     "managers.schedule_policy.PrefillAdder._update_prefill_budget": "self, prefix_len, extend_input_len, max_new_tokens, retracted_stain, mamba_gap_reserve",
     "layers.attention.hybrid_attn_backend.HybridAttnBackend._select_backend": "self, forward_mode",
+    "models.llama.LlamaDecoderLayer.forward": "self, positions, hidden_states, forward_batch, residual",
+    "models.qwen2.Qwen2DecoderLayer.forward": "self, positions, hidden_states, forward_batch, residual",
+    "models.qwen3.Qwen3DecoderLayer.forward": "self, positions, hidden_states, forward_batch, residual, post_residual_addition",
+    "layers.attention.hybrid_attn_backend.HybridAttnBackend.forward": "self, q, k, v, layer, forward_batch, save_kv_cache, kwargs",
     "managers.schedule_batch.Req.set_extend_range": "self, start, end",
     "managers.schedule_batch.Req.finished": "self",
     "mem_cache.radix_cache.RadixCache.__init__": "self, params",
@@ -106,8 +110,12 @@ ATTRIBUTES = {
     "managers.scheduler.Scheduler": (
         "waiting_queue chunked_req chunked_prefill_size max_prefill_tokens grammar_manager "
         "tree_cache page_size max_total_num_tokens token_to_kv_pool_allocator ps tp_group "
-        "tp_cpu_group server_args is_mixed_chunk forward_ct running_batch _request_dispatcher"
+        "tp_cpu_group tp_worker server_args is_mixed_chunk forward_ct running_batch _request_dispatcher"
     ),
+    **{
+        f"models.{name}DecoderLayer": "self_attn post_attention_layernorm mlp o_proj"
+        for name in ("llama.Llama", "qwen2.Qwen2", "qwen3.Qwen3")
+    },
     "mem_cache.radix_cache.RadixCache": "req_to_token_pool token_to_kv_pool_allocator root_node",
     "mem_cache.radix_cache.TreeNode": "children parent key value lock_ref",
 }
@@ -119,7 +127,7 @@ FIELDS = {
         "forward_mode batch_size input_ids req_pool_indices seq_lens seq_lens_cpu seq_lens_sum "
         "orig_seq_lens out_cache_loc positions extend_num_tokens extend_seq_lens "
         "extend_seq_lens_cpu extend_prefix_lens extend_prefix_lens_cpu extend_start_loc "
-        "extend_logprob_start_lens_cpu _attn_output"
+        "extend_logprob_start_lens_cpu _attn_output capture_hidden_mode return_logprob"
     ),
 }
 """Fields of dataclasses."""

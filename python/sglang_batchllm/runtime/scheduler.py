@@ -22,6 +22,7 @@ from sglang_batchllm.runtime.batch import batch_of
 from sglang_batchllm.runtime.cache import PinnedGroupCache
 from sglang_batchllm.runtime.held import ReleaseTexts
 from sglang_batchllm.runtime.intake import Intake
+from sglang_batchllm.runtime.last_layer import sample_rows_in_last_layer
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import (
@@ -67,6 +68,7 @@ class BatchLLMScheduler(Scheduler):
         if self.server_args.decode_attention_backend == ATTENTION_BACKEND:
             self._group_table = get_group_table(self.req_to_token_pool)
         plugin.extend_runtime()
+        sample_rows_in_last_layer(self.tp_worker.model_runner.model, self.server_args)
         self._held_back: list[Req] | None = None
         self._receiving_list = False
         self._arrived = False  # a request by itself, since the last step
