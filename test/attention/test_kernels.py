@@ -70,6 +70,31 @@ def test_long_sequences_are_split_and_large_tiles_used() -> None:
     assert int(fused.work.part_count.max()) > 2
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [(0, [1500, 1500, 1400])],
+        [(0, [4000])],
+        [(900, [300, 200]), (0, [1500, 90])],
+        [(600, [300] * 3), (0, [10] * 3)],
+    ],
+)
+def test_few_requests_take_one_item_per_program(groups: list[tuple[int, list[int]]]) -> None:
+    batch = make_batch(groups, num_kv_heads=1, padding=1)
+    fused = make_fused(batch, num_programs=12)
+    assert relative_error(run(fused, batch), batch.reference()) < 1e-5
+    items = fused.work.items[: int(fused.work.header[0])]
+    assert 4 < len(items) <= 12
+    assert items[:, 3].max() <= 2 * max(256, -(-int(items[:, 3].sum()) // 12)) + 64
+
+
+def test_one_long_request_among_short_ones_is_still_split() -> None:
+    batch = make_batch([(0, [3000] + [20] * 10)], num_kv_heads=1)
+    fused = make_fused(batch, num_programs=12)
+    assert relative_error(run(fused, batch), batch.reference()) < 1e-5
+    assert int(fused.work.part_count.max()) > 8
+
+
 def test_the_list_is_reused_for_other_batches() -> None:
     first, second = make_batch(RAGGED), make_batch([(50, [4] * 6)], seed=1)
     second.k_cache = torch.cat([second.k_cache, first.k_cache])

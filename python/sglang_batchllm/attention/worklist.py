@@ -29,12 +29,13 @@ ITEM_FIELDS = 8
 output itself; prefix: the split.
 """
 
-PREFIX_WAVES = 1
-"""Prefix items per program wanted (three times that where little suffix work can fill gaps)."""
 SUFFIX_WAVES = 8
-"""Suffix items per program wanted, by which long suffixes are split."""
+"""Suffix items per program wanted, by which long suffixes are split. (Of prefix items one, or
+three where little suffix work can fill gaps.)"""
 MIN_SPLIT = tl.constexpr(256)
 """Fewest tokens a split is cut for: below, an item's fixed cost is more than what balance gains."""
+MERGE_TOKENS = tl.constexpr(16)
+"""What merging one more part costs a request, in tokens of an item (times its program reads)."""
 MIN_SAVED_TOKENS = 240
 """Fewest saved token reads, (members - 1) * prefix tokens, for which a group shares."""
 
@@ -56,6 +57,13 @@ def _split_size(length, split):
     return tl.maximum((even + 63) // 64 * 64, 64)
 
 
+@triton.jit
+def _count_parts(length, split):
+    """Splits of at most ``split`` tokens that ``length`` is cut into."""
+    step = _split_size(length, split)
+    return (length + step - 1) // step
+
+
 # A step in which prefill and decode mix has any batch size: one compilation must do for all.
 @triton.jit(do_not_specialize=["batch_size"])
 def _plan_kernel(
@@ -69,7 +77,7 @@ def _plan_kernel(
     batch_size,
     num_groups,
     slot_capacity,
-    prefix_target,
+    wave_items,
     suffix_target,
     min_saved_tokens,
     LANES_SMALL: tl.constexpr,
@@ -123,25 +131,36 @@ def _plan_kernel(
     suffix_work = tl.sum(suffix.to(tl.int64))
     work = prefix_work + suffix_work
     # Long prefix items are fine where suffix items fill the gaps behind them.
-    prefix_target = tl.where(10 * suffix_work < 3 * work, 3 * prefix_target, prefix_target)
+    prefix_target = tl.where(10 * suffix_work < 3 * work, 3 * wave_items, wave_items)
     prefix_split = tl.maximum((work + prefix_target - 1) // prefix_target, MIN_SPLIT)
     prefix_split = ((prefix_split + 63) // 64 * 64).to(tl.int32)
     suffix_split = tl.maximum((work + suffix_target - 1) // suffix_target, MIN_SPLIT)
     suffix_split = ((suffix_split + 63) // 64 * 64).to(tl.int32)
 
-    step = _split_size(length, prefix_split)
-    prefix_parts = (length + step - 1) // step
-    items = tiles * prefix_parts
+    # Few requests: one item per program, if splits of up to twice the mean can have that.
+    split = (work + wave_items - 1) // wave_items
+    merged = tl.sqrt(MERGE_TOKENS * tl.max(suffix).to(tl.float32))
+    split = tl.maximum(tl.maximum(split, merged.to(tl.int64)), MIN_SPLIT)
+    split = ((split + 63) // 64 * 64).to(tl.int32)
+    widest = tl.where(batch_size <= wave_items, 2 * split, 0)
+    one_wave = split < 0
+    while (split <= widest) & (one_wave == 0):
+        items = tl.sum(tiles * _count_parts(length, split))
+        items += tl.sum(tl.where(in_batch, tl.maximum(_count_parts(suffix, split), 1), 0))
+        one_wave = items <= wave_items
+        split = tl.where(one_wave, split, split + (split // 8 + 63) // 64 * 64)
+    prefix_split = tl.where(one_wave, split, prefix_split)
+    suffix_split = tl.where(one_wave, split, suffix_split)
+
+    items = tiles * _count_parts(length, prefix_split)
     tl.store(group_ptr + 2 * BLOCK_G + g, (slot_end - length).to(tl.int32))
     tl.store(group_ptr + 3 * BLOCK_G + g, tl.cumsum(members, 0) - members)
     tl.store(group_ptr + 4 * BLOCK_G + g, tl.cumsum(items, 0) - items)
     num_prefix_items = tl.sum(items)
 
-    step = _split_size(suffix, suffix_split)
     # Requests without tokens (padding) still get an item: it writes zeros.
-    suffix_parts = tl.where(in_batch, tl.maximum((suffix + step - 1) // step, 1), 0)
-    step = _split_size(shared, prefix_split)
-    parts = suffix_parts + (shared + step - 1) // step
+    suffix_parts = tl.where(in_batch, tl.maximum(_count_parts(suffix, suffix_split), 1), 0)
+    parts = suffix_parts + _count_parts(shared, prefix_split)
     first_item = num_prefix_items + tl.cumsum(suffix_parts, 0) - suffix_parts
     tl.store(request_ptr + b, rank)
     tl.store(request_ptr + STRIDE_B + b, tl.cumsum(parts, 0) - parts)
@@ -294,13 +313,12 @@ class WorkList:
         self.block_g = next_power_of_2(max(num_rows + 1, 16))
         self.num_groups = num_rows + 1
         self.slot_capacity = slot_capacity
-        wanted = config.num_programs / config.num_kv_heads
-        self.prefix_target = max(int(wanted * PREFIX_WAVES), 1)
-        self.suffix_target = max(int(wanted * SUFFIX_WAVES), 1)
+        self.wave_items = max(config.num_programs // config.num_kv_heads, 1)
+        self.suffix_target = self.wave_items * SUFFIX_WAVES
         # sum ceil(length / split) <= batch + work / split, and work / split <= target (three
         # times that for prefixes); a prefix part exists once per member, at most lanes_large
         # members a tile.
-        prefix_splits = 3 * self.prefix_target
+        prefix_splits = 3 * self.wave_items
         self.item_capacity = 2 * max_batch + prefix_splits + self.suffix_target
         self.part_capacity = 2 * max_batch + self.suffix_target + prefix_splits * config.lanes_large
 
@@ -346,7 +364,7 @@ class WorkList:
             batch,
             self.num_groups,
             self.slot_capacity,
-            self.prefix_target,
+            self.wave_items,
             self.suffix_target,
             config.min_saved_tokens,
             LANES_SMALL=config.lanes_small,
