@@ -7,6 +7,7 @@ import pytest
 
 from cost_model import CostModel, Work, fit
 from engine_model import EngineModel, Policy
+from sglang_batchllm.runtime import level
 from steps import Step
 
 POLICIES = [Policy(chunk, mixed) for chunk in (64, 256) for mixed in (False, True)]
@@ -75,6 +76,34 @@ def test_more_memory_is_not_slower(policy):
     ]
     for less, more in pairwise(seconds):
         assert more <= 1.05 * less
+
+
+def decode_rows(outputs: list[int]) -> tuple[list[int], float]:
+    """Rows of each decode step of 25 groups of 16 requests, and the seconds predicted."""
+    rng = random.Random(0)
+    prompts = []
+    for group in range(25):
+        prefix = [group] * 300
+        prompts += [prefix + [1000 + rng.randrange(1000) for _ in range(20)] for _ in range(16)]
+    works = EngineModel(prompts, outputs, 100_000, Policy(2048)).run()
+    return [w.decode_requests for w in works if not w.prefill_tokens], MODEL.seconds(works, 1024, 0)
+
+
+def test_outputs_of_mixed_length_make_level_steps(monkeypatch):
+    rng = random.Random(1)
+    outputs = [min(1 + int(rng.expovariate(1 / 80)), 400) for _ in range(400)]
+    level_rows, level_seconds = decode_rows(outputs)
+    assert max(level_rows) < level.ENOUGH_ROWS + 2048 / 20
+    monkeypatch.setattr(level, "ENOUGH_ROWS", 10**6)
+    rows, seconds = decode_rows(outputs)
+    assert len(level_rows) == len(rows) == max(outputs), "no step more than the longest takes"
+    assert max(rows) == 400
+    assert level_seconds < 0.97 * seconds
+
+
+def test_outputs_of_one_length_start_at_once():
+    rows, _ = decode_rows([50] * 400)
+    assert rows == [400] * 50
 
 
 def test_a_shared_prefix_is_read_once_by_its_group():

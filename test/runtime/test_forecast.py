@@ -102,8 +102,18 @@ def test_expected_output():
 
 
 def test_running_requests_keep_the_estimate_from_promising_too_much():
-    lengths = OutputLengths(finished=7, tokens=70)
+    lengths = OutputLengths(ended=7, tokens=70)
     assert lengths.remaining(0) is None, "too little is known"
-    lengths = OutputLengths(finished=10, tokens=100)
+    lengths = OutputLengths(ended=10, tokens=100)
     assert lengths.remaining(0) == 10
     assert lengths.remaining(400) == 50  # ten short ones ended, others have gone far beyond them
+
+
+def test_requests_cut_off_at_their_limit_do_not_show_where_others_end():
+    lengths = OutputLengths()
+    for _ in range(20):
+        lengths.add(30, most=30)
+    assert lengths.remaining(0) is None
+    for _ in range(10):
+        lengths.add(10, most=30)
+    assert lengths.remaining(0) == 70

@@ -137,12 +137,12 @@ def _plan_kernel(
     suffix_split = tl.maximum((work + suffix_target - 1) // suffix_target, MIN_SPLIT)
     suffix_split = ((suffix_split + 63) // 64 * 64).to(tl.int32)
 
-    # Few requests: one item per program, if splits of up to twice the mean can have that.
+    # Few requests: one item per program, where splits not far above the mean have that.
     split = (work + wave_items - 1) // wave_items
     merged = tl.sqrt(MERGE_TOKENS * tl.max(suffix).to(tl.float32))
     split = tl.maximum(tl.maximum(split, merged.to(tl.int64)), MIN_SPLIT)
     split = ((split + 63) // 64 * 64).to(tl.int32)
-    widest = tl.where(batch_size <= wave_items, 2 * split, 0)
+    widest = tl.where(batch_size <= wave_items, 5 * split // 3, 0)
     one_wave = split < 0
     while (split <= widest) & (one_wave == 0):
         items = tl.sum(tiles * _count_parts(length, split))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sglang_batchllm.runtime.batch import PlannedBatch, batch_of
 from sglang_batchllm.runtime.forecast import MemoryForecast
 from sglang_batchllm.runtime.intake import Intake
+from sglang_batchllm.runtime.level import can_wait
 from sglang_batchllm.runtime.lookahead import Lookahead
 from sglang_batchllm.runtime.outputs import EXTRA_STEPS, most_output
 
@@ -72,6 +73,8 @@ class Admission:
             if max_tokens <= 0 or room <= 0 or forecast.refused:
                 break
             if isinstance(lane, PlannedBatch):
+                if can_wait(lane, lookaheads[id(lane)]):
+                    continue
                 picked = lane.select(max_tokens, room, lookaheads[id(lane)], may_open)
             else:
                 picked = _first_that_fit(lane, max_tokens, room, forecast)

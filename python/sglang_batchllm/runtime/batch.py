@@ -123,6 +123,10 @@ class PlannedBatch:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def waiting_index(self) -> np.ndarray:
+        """Indices of the waiting requests in the plan's order, int64[num_waiting]."""
+        return self.plan.order[np.array(self._waiting, np.int64)]
+
     def waiting(self) -> list[Req]:
         """The waiting requests in the plan's order."""
         return [self._requests[self._order[position]] for position in self._waiting]
@@ -238,8 +242,7 @@ class PlannedBatch:
         self.unfinished -= 1
         if req.output_ids:
             for lengths in (self.lengths, self.group_lengths[self.group_of(member)]):
-                lengths.finished += 1
-                lengths.tokens += len(req.output_ids)
+                lengths.add(len(req.output_ids), self.max_output[member.index])
         delattr(req, _ATTRIBUTE)
         self._requests[member.index] = None  # type: ignore[call-overload]
         self.report.add_finished(req)

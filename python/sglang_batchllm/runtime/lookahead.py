@@ -22,6 +22,9 @@ class Lookahead:
 
     A shared prefix is charged once. It is let go with the last request that passes it, so it
     counts as freed then as soon as none of those waits outside the forecast any more.
+
+    longest, steps_left: decode steps expected of the running requests, the most of one and the
+    sum over all.
     """
 
     def __init__(self, batch: PlannedBatch, forecast: MemoryForecast):
@@ -42,6 +45,8 @@ class Lookahead:
         most = np.clip(batch.max_output[index] - decoded, 0, MAX_EXPECTED_OUTPUT)
         steps = expected_steps(batch.hints[index], decoded, most, shown)
         own = batch.own_tokens[index] + decoded
+        self.longest = float(steps.max(initial=0.0))
+        self.steps_left = float(steps.sum())
         forecast.add_all(steps, np.where(batch.continued[index], -steps, own))
         homes, place = np.unique(batch.home[index], return_inverse=True)
         last = np.zeros(len(homes))
@@ -67,6 +72,14 @@ class Lookahead:
         hint = self._batch.hints[member.index]
         shown = self._shown_by(self._batch.group_of(member))
         return float(expected_steps(hint, len(req.output_ids), most_output(req), shown))
+
+    def waiting_steps(self) -> np.ndarray:
+        """Decode steps expected of each waiting request, float64[num_waiting]."""
+        batch = self._batch
+        index = batch.waiting_index()
+        shown = batch.lengths.remaining(self._all_decoded)
+        most = np.minimum(batch.max_output[index], MAX_EXPECTED_OUTPUT)
+        return expected_steps(batch.hints[index], 0, most, math.inf if shown is None else shown)
 
     def admit(self, req: Req, member: Member, opened: int, next_position: int) -> bool:
         """Whether there is room for a waiting request.

@@ -17,7 +17,7 @@ MAX_EXPECTED_OUTPUT = 4096
 estimate at the same number by default."""
 
 ENOUGH_FINISHED = 8
-"""Finished requests from which a length is estimated."""
+"""Requests that ended by themselves from which a length is estimated."""
 
 EXTRA_STEPS = 1
 """With overlap scheduling a request takes one more slot before it is known to have ended."""
@@ -53,19 +53,27 @@ class OutputLengths:
     """What a set of requests shows about its output lengths.
 
     Requests that still run count too, by what they have decoded so far: early on only the short
-    ones have finished, and their mean alone would promise too much. The estimate is the maximum
-    likelihood mean of a geometric length with censored observations, tokens seen per request
-    finished. Being memoryless it is also what any of them is expected to decode from now on.
+    ones have finished, and their mean alone would promise too much. So do those that were cut off
+    at their max_new_tokens. The estimate is the maximum likelihood mean of a geometric length with
+    censored observations, tokens seen per request that ended by itself. Being memoryless it is
+    also what any of them is expected to decode from now on.
+
+    ended: requests that ended by themselves; tokens: decoded by all that are finished.
     """
 
-    finished: int = 0
+    ended: int = 0
     tokens: int = 0
+
+    def add(self, decoded: int, most: int) -> None:
+        """A request has finished, with `decoded` tokens of at most `most`."""
+        self.ended += decoded < most
+        self.tokens += decoded
 
     def remaining(self, running_tokens: int) -> float | None:
         """Tokens still to come of any request, or None while too little is known.
 
         running_tokens: decoded so far by requests of the set that run.
         """
-        if self.finished < ENOUGH_FINISHED:
+        if self.ended < ENOUGH_FINISHED:
             return None
-        return (self.tokens + running_tokens) / self.finished
+        return (self.tokens + running_tokens) / self.ended
