@@ -230,6 +230,13 @@ def test_a_new_prefix_is_opened_only_with_leave():
     assert asked == [(3, True), (3, False)]
 
 
+def test_a_request_is_cut_only_where_much_room_is_left():
+    prompts = [[i] * 10 for i in range(1, 30)]
+    for max_tokens, begun in ((105, 10), (80, 8), (25, 3), (8, 1)):
+        chosen = Simulation(prompts, random.Random(0)).select(max_tokens, 1000)
+        assert len(chosen) == begun, max_tokens
+
+
 def test_pins_given_up_are_computed_again():
     """Memory so short that another request needs what is pinned."""
     prompts = [[1, 2, 3, 4], [1, 2, 3, 5], [6, 7]]

@@ -141,13 +141,15 @@ class PlannedBatch:
         """Claim the next requests to prefill, in the plan's order; `settle` must follow.
 
         A request is passed over for as long as another computes a prefix that it shares.
-        max_tokens: prompt tokens after which no further request is taken.
+        max_tokens: prompt tokens after which no further request is taken. One that would be cut by
+            it is not begun once seven eighths are full: what is left of it would take a step too.
         lookahead: whether a request finds room; selection ends where it does not.
         may_open: told the tokens of new shared prefixes that a request would pin, and whether
             it is the batch's first waiting request; selection ends where it says no.
         """
         chosen: list[Req] = []
         waiting = self._waiting
+        nearly_full = max_tokens // 8
         at = 0
         while at < len(waiting) and max_tokens > 0 and len(chosen) < max_requests:
             index = self._order[waiting[at]]
@@ -160,13 +162,17 @@ class PlannedBatch:
                     break
                 at = after
                 continue
+            tokens = len(req.origin_input_ids) + len(req.output_ids) + opened
+            tokens -= self.pins.depth[member.home]
+            if tokens > max_tokens and max_tokens <= nearly_full:
+                break
             if opened and not may_open(opened, at == 0):
                 break
             following = waiting[at + 1] if at + 1 < len(waiting) else len(self._order)
             if not lookahead.admit(req, member, opened, following):
                 break
             self.pins.claim(member)
-            max_tokens -= self.tokens_to_prefill(req, member)
+            max_tokens -= tokens
             chosen.append(req)
             at += 1
         return chosen
