@@ -230,11 +230,15 @@ def test_a_new_prefix_is_opened_only_with_leave():
     assert asked == [(3, True), (3, False)]
 
 
-def test_a_request_is_cut_only_where_much_room_is_left():
+def test_no_request_is_cut_to_refill_a_step():
     prompts = [[i] * 10 for i in range(1, 30)]
-    for max_tokens, begun in ((105, 10), (80, 8), (25, 3), (8, 1)):
-        chosen = Simulation(prompts, random.Random(0)).select(max_tokens, 1000)
-        assert len(chosen) == begun, max_tokens
+    for refills, max_tokens, begun in (
+        *((False, 105, 11), (False, 80, 8), (False, 8, 1)),
+        *((True, 105, 10), (True, 80, 8), (True, 8, 1)),
+    ):
+        simulation = Simulation(prompts, random.Random(0))
+        simulation.batch.refills = refills
+        assert len(simulation.select(max_tokens, 1000)) == begun
 
 
 def test_pins_given_up_are_computed_again():

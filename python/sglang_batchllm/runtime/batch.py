@@ -54,6 +54,8 @@ class PlannedBatch:
     max_output: tokens that each may decode. home: its deepest shared node, or ROOT. own_tokens:
         its prompt tokens below that.
     lengths, group_lengths: output lengths of what has finished, in all and by group.
+    refills: requests start a few at a time, as others end (`level.py`). None is cut in two then,
+        since what is left of it would take a prefill step of its own.
     subtree_end: for each tree node, the position in the order just after its last request.
     page_slack: tokens that a request may hold beyond its own, by whole pages.
     """
@@ -92,6 +94,7 @@ class PlannedBatch:
         self.lengths = OutputLengths()
         self.group_lengths: defaultdict[int, OutputLengths] = defaultdict(OutputLengths)
         self.unfinished = len(requests)
+        self.refills = False
         self.page_slack = page_size - 1
         self.largest_need = int((self.plan.prompt_lens + outputs).max()) + page_size
 
@@ -141,15 +144,13 @@ class PlannedBatch:
         """Claim the next requests to prefill, in the plan's order; `settle` must follow.
 
         A request is passed over for as long as another computes a prefix that it shares.
-        max_tokens: prompt tokens after which no further request is taken. One that would be cut by
-            it is not begun once seven eighths are full: what is left of it would take a step too.
+        max_tokens: prompt tokens after which no further request is taken.
         lookahead: whether a request finds room; selection ends where it does not.
         may_open: told the tokens of new shared prefixes that a request would pin, and whether
             it is the batch's first waiting request; selection ends where it says no.
         """
         chosen: list[Req] = []
         waiting = self._waiting
-        nearly_full = max_tokens // 8
         at = 0
         while at < len(waiting) and max_tokens > 0 and len(chosen) < max_requests:
             index = self._order[waiting[at]]
@@ -164,7 +165,7 @@ class PlannedBatch:
                 continue
             tokens = len(req.origin_input_ids) + len(req.output_ids) + opened
             tokens -= self.pins.depth[member.home]
-            if tokens > max_tokens and max_tokens <= nearly_full:
+            if self.refills and chosen and tokens > max_tokens:
                 break
             if opened and not may_open(opened, at == 0):
                 break
