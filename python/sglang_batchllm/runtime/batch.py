@@ -13,7 +13,12 @@ import numpy as np
 
 from sglang_batchllm.planning import BatchPlan, plan_batch
 from sglang_batchllm.request_ids import parse_request_id
-from sglang_batchllm.runtime.outputs import OutputLengths, hinted_output, most_output
+from sglang_batchllm.runtime.outputs import (
+    OutputLengths,
+    expected_steps,
+    hinted_output,
+    most_output,
+)
 from sglang_batchllm.runtime.pins import ROOT, Member, PinnedTree, PrefixStore
 from sglang_batchllm.runtime.report import BatchReport
 
@@ -50,6 +55,7 @@ class PlannedBatch:
     continued: for each request whether its text stays in memory for a later turn, see
         `held.HeldTexts`. urgent: there are later turns in this batch.
     largest_need: tokens of the largest request, prompt and expected output.
+    outputs_differ: some requests are expected to decode longer than others.
     hints: each request's expected output by its caller, in tokens, or NaN.
     max_output: tokens that each may decode. home: its deepest shared node, or ROOT. own_tokens:
         its prompt tokens below that.
@@ -93,6 +99,7 @@ class PlannedBatch:
         self._group_ids: dict[tuple[int, int], int] = {}
         self.lengths = OutputLengths()
         self.group_lengths: defaultdict[int, OutputLengths] = defaultdict(OutputLengths)
+        self.outputs_differ = bool(outputs.min() < outputs.max())
         self.unfinished = len(requests)
         self.refills = False
         self.page_slack = page_size - 1
@@ -116,19 +123,32 @@ class PlannedBatch:
             [[0], np.cumsum(self.plan.to_compute[self.plan.order], dtype=np.int64)]
         )
         self._waiting: list[int] = []  # positions in the order, ascending
+        self._is_waiting = np.zeros(len(requests), bool)  # the same, by position
+        self._hints_in_order = self.hints[self.plan.order]
+        self._most_in_order = most[self.plan.order]
         self.running: dict[int, Req] = {}
 
     def enqueue(self, member: Member) -> None:
         """The member waits to be scheduled: at first, or again after a retraction."""
-        insort(self._waiting, self._position[member.index])
+        position = self._position[member.index]
+        insort(self._waiting, position)
+        self._is_waiting[position] = True
+
+    def _stop_waiting(self, member: Member) -> None:
+        position = self._position[member.index]
+        if self._is_waiting[position]:
+            del self._waiting[bisect_left(self._waiting, position)]
+            self._is_waiting[position] = False
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def waiting_index(self) -> np.ndarray:
-        """Indices of the waiting requests in the plan's order, int64[num_waiting]."""
-        return self.plan.order[np.array(self._waiting, np.int64)]
+    def steps_of_waiting(self, shown: float) -> np.ndarray:
+        """Decode steps expected of each waiting request, float64[num_waiting]; see
+        `expected_steps`."""
+        waiting = self._is_waiting
+        return expected_steps(self._hints_in_order[waiting], 0, self._most_in_order[waiting], shown)
 
     def waiting(self) -> list[Req]:
         """The waiting requests in the plan's order."""
@@ -188,8 +208,7 @@ class PlannedBatch:
         if not scheduled:
             self.pins.unclaim(member)
             return
-        position = self._position[member.index]
-        del self._waiting[bisect_left(self._waiting, position)]
+        self._stop_waiting(member)
         self.running[member.index] = req
 
     def published(self, member: Member, computed: int) -> None:
@@ -240,10 +259,7 @@ class PlannedBatch:
         """The request is over, whether or not it ever ran."""
         if member.finished:
             return
-        position = self._position[member.index]
-        at = bisect_left(self._waiting, position)
-        if at < len(self._waiting) and self._waiting[at] == position:
-            del self._waiting[at]
+        self._stop_waiting(member)
         self.running.pop(member.index, None)
         self.pins.finish(member)
         self.unfinished -= 1

@@ -27,7 +27,9 @@ def can_wait(batch: PlannedBatch, lookahead: Lookahead) -> bool:
     Only for batches that were handed over whole and that nothing continues: elsewhere somebody
     waits for each answer.
     """
-    if not batch.private or len(batch.running) < ENOUGH_ROWS or not batch.num_waiting:
+    if not (batch.private and batch.outputs_differ and batch.num_waiting):
+        return False
+    if len(batch.running) < ENOUGH_ROWS:
         return False
     longest = lookahead.longest
     waiting = lookahead.waiting_steps()

@@ -75,11 +75,8 @@ class Lookahead:
 
     def waiting_steps(self) -> np.ndarray:
         """Decode steps expected of each waiting request, float64[num_waiting]."""
-        batch = self._batch
-        index = batch.waiting_index()
-        shown = batch.lengths.remaining(self._all_decoded)
-        most = np.minimum(batch.max_output[index], MAX_EXPECTED_OUTPUT)
-        return expected_steps(batch.hints[index], 0, most, math.inf if shown is None else shown)
+        shown = self._batch.lengths.remaining(self._all_decoded)
+        return self._batch.steps_of_waiting(math.inf if shown is None else shown)
 
     def admit(self, req: Req, member: Member, opened: int, next_position: int) -> bool:
         """Whether there is room for a waiting request.
