@@ -127,7 +127,8 @@ FIELDS = {
         "forward_mode batch_size input_ids req_pool_indices seq_lens seq_lens_cpu seq_lens_sum "
         "orig_seq_lens out_cache_loc positions extend_num_tokens extend_seq_lens "
         "extend_seq_lens_cpu extend_prefix_lens extend_prefix_lens_cpu extend_start_loc "
-        "extend_logprob_start_lens_cpu _attn_output capture_hidden_mode return_logprob"
+        "extend_logprob_start_lens_cpu _attn_output capture_hidden_mode return_logprob "
+        "multi_item_delimiter_indices"
     ),
 }
 """Fields of dataclasses."""

@@ -98,6 +98,7 @@ def test_sampled_rows_are_as_without_hooks_and_the_others_never_reach_the_mlp() 
     [
         {"forward_mode": ForwardMode.DECODE, "extend_seq_lens": None},
         {"capture_hidden_mode": CaptureHiddenMode.FULL},
+        {"multi_item_delimiter_indices": [torch.tensor([1])]},
         {"return_logprob": True, "extend_logprob_start_lens_cpu": [3, 1, 0]},
     ],
 )

@@ -101,6 +101,8 @@ def sampled_rows(batch: ForwardBatch) -> torch.Tensor | None:
         return None
     if batch.capture_hidden_mode != CaptureHiddenMode.NULL or _wants_prompt_logprobs(batch):
         return None
+    if batch.multi_item_delimiter_indices is not None:
+        return None  # several texts of one prompt are scored
     if batch.input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return None  # a graph is replayed with other batches
     return torch.cumsum(batch.extend_seq_lens, dim=0) - 1
