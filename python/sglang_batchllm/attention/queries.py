@@ -1,8 +1,8 @@
 """Queries of a prefill, copied out of the QKV projection's output in wide elements.
 
 Attention kernels want queries by themselves, and SGLang's backends make them so with
-``q.contiguous()``. PyTorch copies a strided tensor element by element, and two bytes at a time
-that reaches a third of the memory's bandwidth (H200); sixteen at a time it reaches nearly all.
+``q.contiguous()``. PyTorch copies a strided tensor element by element: two bytes at a time that
+moves 1.7 TB/s on an H200, sixteen at a time 3.7 of the 4.3 that the memory has.
 """
 
 from __future__ import annotations

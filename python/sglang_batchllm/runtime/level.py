@@ -5,6 +5,9 @@ longer than using them. And a batch takes at least as many steps as its longest 
 outputs differ in length and all requests start at once, the first steps are much fuller than that
 and the last ones nearly empty. So once enough requests run, others start only as these end, for
 as long as the plan's order (longest first) lets them end no later than the longest one.
+
+Lengths are what `outputs` expects. Where requests end by themselves that is the same for all, and
+nothing waits.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ if TYPE_CHECKING:
     from sglang_batchllm.runtime.lookahead import Lookahead
 
 ENOUGH_ROWS = 128
-"""Requests from which a decode step's matrix products are bound by arithmetic: that takes twice as
-many operations per weight as there are rows, and a GPU does (H200: 790 TFLOP/s, 4.3 TB/s) about
-184 per byte."""
+"""Requests up to which a decode step takes hardly longer than for one. An H200 does 184 operations
+(790 TFLOP/s) in the time of reading one byte (4.3 TB/s), enough for 184 rows; the cost model fitted
+to measured steps (`benchmark/cost_model.py`) says 112 to 128."""
 
 
 def can_wait(batch: PlannedBatch, lookahead: Lookahead) -> bool:
