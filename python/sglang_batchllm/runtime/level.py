@@ -38,4 +38,4 @@ def can_wait(batch: PlannedBatch, lookahead: Lookahead) -> bool:
     waiting = lookahead.waiting_steps()
     if waiting.max() >= longest:
         return False
-    return len(batch.running) * longest >= lookahead.steps_left + waiting.sum()
+    return len(batch.running) * longest >= lookahead.steps_left + float(waiting.sum())
