@@ -93,6 +93,12 @@ def make_request(decoded: int, max_new_tokens: int) -> Any:
     return SimpleNamespace(output_ids=[0] * decoded, sampling_params=sampling)
 
 
+def finished_request(decoded: int, kind: str) -> Any:
+    request = make_request(decoded, 30)
+    request.finished_reason = SimpleNamespace(to_json=lambda: {"type": kind})
+    return request
+
+
 def test_expected_output():
     assert hinted_output("doc-7#out=120") == 120
     assert math.isnan(hinted_output("doc-7#out=120b"))
@@ -111,9 +117,10 @@ def test_running_requests_keep_the_estimate_from_promising_too_much():
 
 def test_requests_cut_off_at_their_limit_do_not_show_where_others_end():
     lengths = OutputLengths()
-    for _ in range(20):
-        lengths.add(30, most=30)
+    for kind, count in (("length", 15), ("abort", 5)):
+        for _ in range(count):
+            lengths.add(finished_request(30, kind))
     assert lengths.remaining(0) is None
     for _ in range(10):
-        lengths.add(10, most=30)
+        lengths.add(finished_request(10, "stop"))
     assert lengths.remaining(0) == 70

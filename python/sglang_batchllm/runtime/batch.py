@@ -265,7 +265,7 @@ class PlannedBatch:
         self.unfinished -= 1
         if req.output_ids:
             for lengths in (self.lengths, self.group_lengths[self.group_of(member)]):
-                lengths.add(len(req.output_ids), self.max_output[member.index])
+                lengths.add(req)
         delattr(req, _ATTRIBUTE)
         self._requests[member.index] = None  # type: ignore[call-overload]
         self.report.add_finished(req)

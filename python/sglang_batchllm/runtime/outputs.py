@@ -38,6 +38,11 @@ def most_output(req: Req) -> int:
     return max(min(left, MAX_EXPECTED_OUTPUT), 0)
 
 
+def finish_type(req: Req) -> str:
+    """SGLang's word for how a request finished: "stop" by itself, "length", "abort"."""
+    return "abort" if req.finished_reason is None else req.finished_reason.to_json()["type"]
+
+
 def expected_steps(hint: Any, decoded: Any, most: Any, shown: Any) -> Any:
     """Decode steps for which requests are expected to hold their KV from now on.
 
@@ -54,7 +59,7 @@ class OutputLengths:
 
     Requests that still run count too, by what they have decoded so far: early on only the short
     ones have finished, and their mean alone would promise too much. So do those that were cut off
-    at their max_new_tokens. The estimate is the maximum likelihood mean of a geometric length with
+    at their max_new_tokens or aborted. The estimate is the maximum likelihood mean of a geometric length with
     censored observations, tokens seen per request that ended by itself. Being memoryless it is
     also what any of them is expected to decode from now on.
 
@@ -64,10 +69,10 @@ class OutputLengths:
     ended: int = 0
     tokens: int = 0
 
-    def add(self, decoded: int, most: int) -> None:
-        """A request has finished, with `decoded` tokens of at most `most`."""
-        self.ended += decoded < most
-        self.tokens += decoded
+    def add(self, req: Req) -> None:
+        """A request has finished."""
+        self.ended += finish_type(req) == "stop"
+        self.tokens += len(req.output_ids)
 
     def remaining(self, running_tokens: int) -> float | None:
         """Tokens still to come of any request, or None while too little is known.

@@ -10,6 +10,7 @@ import numpy as np
 
 from sglang_batchllm.planning import BatchPlan
 from sglang_batchllm.planning.report import quantiles
+from sglang_batchllm.runtime.outputs import finish_type
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -59,8 +60,7 @@ class BatchReport:
         self.peak_pinned_tokens = max(self.peak_pinned_tokens, tokens)
 
     def add_finished(self, req: Req) -> None:
-        reason = req.finished_reason.to_json() if req.finished_reason is not None else None
-        if reason is None or reason["type"] == "abort":
+        if finish_type(req) == "abort":
             self.aborted += 1
         else:
             self.finished += 1
