@@ -59,9 +59,9 @@ class OutputLengths:
 
     Requests that still run count too, by what they have decoded so far: early on only the short
     ones have finished, and their mean alone would promise too much. So do those that were cut off
-    at their max_new_tokens or aborted. The estimate is the maximum likelihood mean of a geometric length with
-    censored observations, tokens seen per request that ended by itself. Being memoryless it is
-    also what any of them is expected to decode from now on.
+    at their max_new_tokens or aborted. The estimate is the maximum likelihood mean of a geometric
+    length with censored observations, tokens seen per request that ended by itself. Being
+    memoryless it is also what any of them is expected to decode from now on.
 
     ended: requests that ended by themselves; tokens: decoded by all that are finished.
     """
