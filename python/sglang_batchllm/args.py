@@ -90,21 +90,19 @@ class BatchLLMServerArgs(ServerArgs):
             sys.exit(f"error: {error}")
 
     def _handle_gpu_memory_settings(self, gpu_mem: float | None) -> None:
-        graphs = self.cuda_graph_config if self.batchllm else None
-        if graphs is None:
-            super()._handle_gpu_memory_settings(gpu_mem)
-            return
-        large = self.device == "cuda" and (gpu_mem or 0) >= LARGE_GPU_MIB
+        graphs = self.cuda_graph_config
+        assert graphs is not None  # SGLang has resolved it
+        large = self.batchllm and self.device == "cuda" and (gpu_mem or 0) >= LARGE_GPU_MIB
         if large and graphs.decode.max_bs is None and graphs.decode.bs is None:
             graphs.decode.max_bs = LARGE_GPU_GRAPH_BATCH
-        prefill_is_given = graphs.prefill.max_bs is not None or graphs.prefill.bs is not None
+        prefill = graphs.prefill
+        ours = self.batchllm and prefill.max_bs is None and prefill.bs is None
         super()._handle_gpu_memory_settings(gpu_mem)
-        if not prefill_is_given and graphs.prefill.bs:
+        if ours and prefill.max_bs and prefill.bs:
             # Full steps run eagerly, with less of the last layer (`last_layer.py`): their launches
             # take a tenth of their GPU time, and a graph would compute it whole.
-            limit = (graphs.prefill.max_bs or 0) // 2
-            graphs.prefill.max_bs = limit
-            graphs.prefill.bs = [size for size in graphs.prefill.bs if size <= limit]
+            limit = prefill.max_bs // 2
+            prefill.max_bs, prefill.bs = limit, [size for size in prefill.bs if size <= limit]
 
     def _wants_fused_attention(self) -> bool:
         if self.batchllm_attention == "auto":

@@ -1,9 +1,12 @@
 """Queries packed in wide elements are the same queries."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
-from sglang_batchllm.attention.queries import packed
+from sglang_batchllm.attention.queries import COPYING_BACKENDS, packed
 
 QKV = torch.arange(37 * 96, dtype=torch.float32).reshape(37, 96)
 
@@ -27,3 +30,16 @@ def test_packed_is_contiguous(part: tuple[slice, slice], dtype: torch.dtype) -> 
     assert result.is_contiguous()
     assert result.dtype == dtype
     assert torch.equal(result, queries)
+
+
+def test_the_backends_that_copy_are_known_by_name() -> None:
+    """By their text, since they need CUDA to be imported."""
+    text = ""
+    for module in ("flashattention_backend", "flashinfer_backend"):
+        spec = importlib.util.find_spec(f"sglang.srt.layers.attention.{module}")
+        assert spec is not None and spec.origin is not None
+        source = Path(spec.origin).read_text()
+        assert "q.contiguous()" in source
+        text += source
+    for name in COPYING_BACKENDS:
+        assert f"class {name}(" in text

@@ -105,7 +105,7 @@ ATTRIBUTES = {
         "full_untruncated_fill_ids"
     ),
     "managers.schedule_policy.PrefillAdder": "rem_total_token_offset cur_rem_token_offset",
-    "layers.attention.hybrid_attn_backend.HybridAttnBackend": "decode_backend",
+    "layers.attention.hybrid_attn_backend.HybridAttnBackend": "decode_backend prefill_backend",
     "lang.interpreter.StreamExecutor": "variables variable_event meta_info messages_ text_ fork_start_text_pos error_",
     "managers.scheduler.Scheduler": (
         "waiting_queue chunked_req chunked_prefill_size max_prefill_tokens grammar_manager "

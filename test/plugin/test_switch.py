@@ -99,6 +99,20 @@ def test_arguments_without_the_flag_are_stock(tiny_model):
     assert not args.batchllm
 
 
+@pytest.mark.parametrize(
+    ("options", "largest"),
+    [
+        ({"batchllm": True}, 256),  # a full step runs eagerly
+        ({"batchllm": True, "cuda_graph_max_bs_prefill": 512}, 512),
+        ({}, 512),
+    ],
+)
+def test_prefill_graphs_reach_half_a_chunk_unless_told_otherwise(tiny_model, options, largest):
+    args = BatchLLMServerArgs(model_path=str(tiny_model), chunked_prefill_size=512, **options)
+    prefill = args.cuda_graph_config.prefill
+    assert prefill.max_bs == max(prefill.bs) == largest
+
+
 def test_without_the_flag_the_scheduler_is_stock(monkeypatch):
     from types import SimpleNamespace
 

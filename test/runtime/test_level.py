@@ -18,9 +18,7 @@ def waits(running: list[float] = RUNNING, waiting: list[float] = WAITING, **chan
     batch: Any = {"private": True, "outputs_differ": True} | changes
     batch = SimpleNamespace(**batch, running=running, num_waiting=len(waiting))
     lookahead: Any = SimpleNamespace(
-        longest=max(running, default=0.0),
-        steps_left=sum(running),
-        waiting_steps=lambda: np.array(waiting),
+        steps_by_whole_batch=lambda: (np.array(running), np.array(waiting))
     )
     return can_wait(batch, lookahead)
 

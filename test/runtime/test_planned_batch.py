@@ -230,14 +230,14 @@ def test_a_new_prefix_is_opened_only_with_leave():
     assert asked == [(3, True), (3, False)]
 
 
-def test_no_request_is_cut_to_refill_a_step():
+def test_no_request_is_cut_to_fill_the_last_of_a_step_where_outputs_differ():
     prompts = [[i] * 10 for i in range(1, 30)]
-    for refills, max_tokens, begun in (
-        *((False, 105, 11), (False, 80, 8), (False, 8, 1)),
-        *((True, 105, 10), (True, 80, 8), (True, 8, 1)),
+    for differ, max_tokens, begun in (
+        *((False, 105, 11), (False, 25, 3), (False, 8, 1)),
+        *((True, 105, 10), (True, 80, 8), (True, 25, 3), (True, 8, 1)),
     ):
         simulation = Simulation(prompts, random.Random(0))
-        simulation.batch.refills = refills
+        simulation.batch.outputs_differ = differ
         assert len(simulation.select(max_tokens, 1000)) == begun
 
 

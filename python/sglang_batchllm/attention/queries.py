@@ -1,8 +1,8 @@
 """Queries of a prefill, copied out of the QKV projection's output in wide elements.
 
-Attention kernels want queries by themselves, and SGLang's backends make them so with
-``q.contiguous()``. PyTorch copies a strided tensor element by element: two bytes at a time that
-moves 1.7 TB/s on an H200, sixteen at a time 3.7 of the 4.3 that the memory has.
+SGLang's FlashAttention and FlashInfer backends first make a prefill's queries contiguous. PyTorch
+copies a strided tensor element by element: two bytes at a time that moves 1.7 TB/s on an H200,
+sixteen at a time 3.7 of the 4.3 that the memory has.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+COPYING_BACKENDS = ("FlashAttentionBackend", "FlashInferAttnBackend")
+"""Backends that call ``q.contiguous()``; others read queries where they are."""
 
 WIDE = torch.complex128
 """The widest element that PyTorch copies as a whole, 16 bytes."""
@@ -31,9 +34,9 @@ def forward_with_packed_queries(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Wraps HybridAttnBackend.forward: a prefill's queries go on packed. (The fused decode kernel
-    reads them where they are.)"""
-    if q.is_cuda and forward_batch.forward_mode.is_extend():
+    """Wraps HybridAttnBackend.forward: queries go on packed where they would be copied anyway."""
+    copied = type(hybrid.prefill_backend).__name__ in COPYING_BACKENDS
+    if copied and q.is_cuda and forward_batch.forward_mode.is_extend():
         q = packed(q)
     return stock_forward(hybrid, q, k, v, layer, forward_batch, *args, **kwargs)
 

@@ -35,7 +35,8 @@ three where little suffix work can fill gaps.)"""
 MIN_SPLIT = tl.constexpr(256)
 """Fewest tokens a split is cut for: below, an item's fixed cost is more than what balance gains."""
 MERGE_TOKENS = tl.constexpr(16)
-"""What merging one more part costs a request, in tokens of an item (times its program reads)."""
+"""Tokens that a program reads in the time of merging one part: L tokens in splits of S take
+S + MERGE_TOKENS * L / S, least at sqrt(MERGE_TOKENS * L)."""
 MIN_SAVED_TOKENS = 240
 """Fewest saved token reads, (members - 1) * prefix tokens, for which a group shares."""
 

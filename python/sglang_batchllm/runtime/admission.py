@@ -74,7 +74,6 @@ class Admission:
                 break
             if isinstance(lane, PlannedBatch):
                 if can_wait(lane, lookaheads[id(lane)]):
-                    lane.refills = True
                     continue
                 picked = lane.select(max_tokens, room, lookaheads[id(lane)], may_open)
             else:

@@ -13,12 +13,7 @@ import numpy as np
 
 from sglang_batchllm.planning import BatchPlan, plan_batch
 from sglang_batchllm.request_ids import parse_request_id
-from sglang_batchllm.runtime.outputs import (
-    OutputLengths,
-    expected_steps,
-    hinted_output,
-    most_output,
-)
+from sglang_batchllm.runtime.outputs import OutputLengths, hinted_output, most_output
 from sglang_batchllm.runtime.pins import ROOT, Member, PinnedTree, PrefixStore
 from sglang_batchllm.runtime.report import BatchReport
 
@@ -55,13 +50,12 @@ class PlannedBatch:
     continued: for each request whether its text stays in memory for a later turn, see
         `held.HeldTexts`. urgent: there are later turns in this batch.
     largest_need: tokens of the largest request, prompt and expected output.
-    outputs_differ: some requests are expected to decode longer than others.
+    outputs_differ: some requests are expected to decode longer than others, so that they may start
+        a few at a time (`level.py`).
     hints: each request's expected output by its caller, in tokens, or NaN.
     max_output: tokens that each may decode. home: its deepest shared node, or ROOT. own_tokens:
         its prompt tokens below that.
     lengths, group_lengths: output lengths of what has finished, in all and by group.
-    refills: requests start a few at a time, as others end (`level.py`). None is cut in two then,
-        since what is left of it would take a prefill step of its own.
     subtree_end: for each tree node, the position in the order just after its last request.
     page_slack: tokens that a request may hold beyond its own, by whole pages.
     """
@@ -101,7 +95,6 @@ class PlannedBatch:
         self.group_lengths: defaultdict[int, OutputLengths] = defaultdict(OutputLengths)
         self.outputs_differ = bool(outputs.min() < outputs.max())
         self.unfinished = len(requests)
-        self.refills = False
         self.page_slack = page_size - 1
         self.largest_need = int((self.plan.prompt_lens + outputs).max()) + page_size
 
@@ -123,32 +116,25 @@ class PlannedBatch:
             [[0], np.cumsum(self.plan.to_compute[self.plan.order], dtype=np.int64)]
         )
         self._waiting: list[int] = []  # positions in the order, ascending
-        self._is_waiting = np.zeros(len(requests), bool)  # the same, by position
-        self._hints_in_order = self.hints[self.plan.order]
-        self._most_in_order = most[self.plan.order]
         self.running: dict[int, Req] = {}
 
     def enqueue(self, member: Member) -> None:
         """The member waits to be scheduled: at first, or again after a retraction."""
-        position = self._position[member.index]
-        insort(self._waiting, position)
-        self._is_waiting[position] = True
+        insort(self._waiting, self._position[member.index])
 
     def _stop_waiting(self, member: Member) -> None:
         position = self._position[member.index]
-        if self._is_waiting[position]:
-            del self._waiting[bisect_left(self._waiting, position)]
-            self._is_waiting[position] = False
+        at = bisect_left(self._waiting, position)
+        if at < len(self._waiting) and self._waiting[at] == position:
+            del self._waiting[at]
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def steps_of_waiting(self, shown: float) -> np.ndarray:
-        """Decode steps expected of each waiting request, float64[num_waiting]; see
-        `expected_steps`."""
-        waiting = self._is_waiting
-        return expected_steps(self._hints_in_order[waiting], 0, self._most_in_order[waiting], shown)
+    def waiting_index(self) -> np.ndarray:
+        """Indices of the waiting requests in the plan's order, int64[num_waiting]."""
+        return self.plan.order[np.array(self._waiting, np.int64)]
 
     def waiting(self) -> list[Req]:
         """The waiting requests in the plan's order."""
@@ -164,13 +150,16 @@ class PlannedBatch:
         """Claim the next requests to prefill, in the plan's order; `settle` must follow.
 
         A request is passed over for as long as another computes a prefix that it shares.
-        max_tokens: prompt tokens after which no further request is taken.
+        max_tokens: prompt tokens after which no further request is taken. The last one may be cut
+            by it, except to fill the last eighth of a step where requests start a few at a time:
+            what is left of it would take a step of its own.
         lookahead: whether a request finds room; selection ends where it does not.
         may_open: told the tokens of new shared prefixes that a request would pin, and whether
             it is the batch's first waiting request; selection ends where it says no.
         """
         chosen: list[Req] = []
         waiting = self._waiting
+        nearly_full = max_tokens // 8 if self.outputs_differ else 0
         at = 0
         while at < len(waiting) and max_tokens > 0 and len(chosen) < max_requests:
             index = self._order[waiting[at]]
@@ -183,9 +172,8 @@ class PlannedBatch:
                     break
                 at = after
                 continue
-            tokens = len(req.origin_input_ids) + len(req.output_ids) + opened
-            tokens -= self.pins.depth[member.home]
-            if self.refills and chosen and tokens > max_tokens:
+            tokens = self.tokens_past(req, member.home) + opened
+            if max_tokens < tokens and max_tokens <= nearly_full:
                 break
             if opened and not may_open(opened, at == 0):
                 break
@@ -201,6 +189,10 @@ class PlannedBatch:
     def tokens_to_prefill(self, req: Req, member: Member) -> int:
         """Tokens of a selected request that have no KV yet."""
         node = self.pins.parent[member.claimed[0]] if member.claimed else member.home
+        return self.tokens_past(req, node)
+
+    def tokens_past(self, req: Req, node: int) -> int:
+        """Tokens of a request, prompt and output, after those of a tree node on its path."""
         return len(req.origin_input_ids) + len(req.output_ids) - self.pins.depth[node]
 
     def settle(self, req: Req, member: Member, scheduled: bool) -> None:

@@ -71,7 +71,7 @@ class SampledRows:
         arguments = (*args, *kwargs.values())
         batch = next(value for value in arguments if isinstance(value, ForwardBatch))
         self._rows = sampled_rows(batch)
-        self._tokens = 0 if self._rows is None else batch.input_ids.shape[0]
+        self._tokens = batch.input_ids.shape[0]
 
     def _take_attention(self, o_proj: torch.nn.Module, args: tuple[Any, ...]) -> Any:
         return None if self._rows is None else (args[0][self._rows], *args[1:])

@@ -22,9 +22,6 @@ class Lookahead:
 
     A shared prefix is charged once. It is let go with the last request that passes it, so it
     counts as freed then as soon as none of those waits outside the forecast any more.
-
-    longest, steps_left: decode steps expected of the running requests, the most of one and the
-    sum over all.
     """
 
     def __init__(self, batch: PlannedBatch, forecast: MemoryForecast):
@@ -43,10 +40,9 @@ class Lookahead:
         present, place = np.unique(groups, return_inverse=True)
         shown = np.array([self._shown_by(group) for group in present.tolist()])[place]
         most = np.clip(batch.max_output[index] - decoded, 0, MAX_EXPECTED_OUTPUT)
-        steps = expected_steps(batch.hints[index], decoded, most, shown)
+        self._running = (batch.hints[index], decoded, most)
+        steps = expected_steps(*self._running, shown)
         own = batch.own_tokens[index] + decoded
-        self.longest = float(steps.max(initial=0.0))
-        self.steps_left = float(steps.sum())
         forecast.add_all(steps, np.where(batch.continued[index], -steps, own))
         homes, place = np.unique(batch.home[index], return_inverse=True)
         last = np.zeros(len(homes))
@@ -73,10 +69,16 @@ class Lookahead:
         shown = self._shown_by(self._batch.group_of(member))
         return float(expected_steps(hint, len(req.output_ids), most_output(req), shown))
 
-    def waiting_steps(self) -> np.ndarray:
-        """Decode steps expected of each waiting request, float64[num_waiting]."""
-        shown = self._batch.lengths.remaining(self._all_decoded)
-        return self._batch.steps_of_waiting(math.inf if shown is None else shown)
+    def steps_by_whole_batch(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decode steps expected of each running and of each waiting request, float64[n] each, if
+        what the whole batch has shown holds for every group."""
+        batch = self._batch
+        shown = batch.lengths.remaining(self._all_decoded)
+        shown = math.inf if shown is None else shown
+        index = batch.waiting_index()
+        most = np.minimum(batch.max_output[index], MAX_EXPECTED_OUTPUT)
+        waiting = expected_steps(batch.hints[index], 0, most, shown)
+        return expected_steps(*self._running, shown), waiting
 
     def admit(self, req: Req, member: Member, opened: int, next_position: int) -> bool:
         """Whether there is room for a waiting request.
@@ -86,7 +88,7 @@ class Lookahead:
         """
         pins = self._batch.pins
         steps = self._expected_steps(req, member)
-        own = len(req.origin_input_ids) + len(req.output_ids) - pins.depth[member.home]
+        own = self._batch.tokens_past(req, member.home)
         held = pins.held_elsewhere(member, opened)
         own -= max(held - opened, 0)
         prefix = max(opened - held, 0)
