@@ -67,7 +67,7 @@ def _attend(
         logits = tl.dot(q, k.to(q.dtype).T, input_precision=PRECISION)
         if SOFTCAP:
             # softcap * tanh(x / softcap), with qk_scale and softcap both carrying log2(e).
-            e = tl.exp2((2.0 * LOG2_E * qk_scale / softcap_log2) * logits)
+            e = tl.exp2(logits * (qk_scale * (2.0 * LOG2_E) / softcap_log2))
             logits = (softcap_log2 / qk_scale) * (1.0 - 2.0 / (e + 1.0))
         logits = tl.where(valid[None, :], logits, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(logits, 1) * qk_scale)

@@ -140,7 +140,7 @@ def _plan_kernel(
 
     # Few requests: one item per program, where splits not far above the mean have that.
     split = (work + wave_items - 1) // wave_items
-    merged = tl.sqrt(MERGE_TOKENS * tl.max(suffix).to(tl.float32))
+    merged = tl.sqrt(tl.max(suffix).to(tl.float32) * MERGE_TOKENS)
     split = tl.maximum(tl.maximum(split, merged.to(tl.int64)), MIN_SPLIT)
     split = ((split + 63) // 64 * 64).to(tl.int32)
     widest = tl.where(batch_size <= wave_items, 5 * split // 3, 0)

@@ -6,7 +6,7 @@ numpy only; nothing here knows about an engine. `plan_batch` is the entry point.
 from sglang_batchllm.planning.pages import floor_to_page
 from sglang_batchllm.planning.plan import BatchPlan, PrefixGroups, plan_batch
 from sglang_batchllm.planning.prefix_tree import PrefixTree
-from sglang_batchllm.planning.report import PlanReport
+from sglang_batchllm.planning.summary import PlanReport
 from sglang_batchllm.planning.tokens import Prompts, TokenTable
 
 __all__ = [

@@ -32,19 +32,27 @@ def choose_groups(tree: PrefixTree, page_size: int) -> np.ndarray:
     the fewest groups. So every group has two members or more: one with fewer saves nothing, and
     leaving it out saves no less.
     """
-    depth = usable_depth(tree, page_size).tolist()
-    parent = tree.parent.tolist()
-    chosen_below = _choice_thresholds(tree, depth, parent)
-    group_node = [0] * tree.num_nodes
-    for node in range(1, tree.num_nodes):
-        above = group_node[parent[node]]
-        group_node[node] = node if depth[above] < chosen_below[node] else above
-    return np.array(group_node, np.int32)
+    inner, above, leaves = tree.inner()
+    up, depth = above.tolist(), usable_depth(tree, page_size)[inner].tolist()
+    alone = np.bincount(tree.parent[leaves], minlength=tree.num_nodes)
+    ends = (tree.end_count + alone)[inner].tolist()
+    chosen_below = _choice_thresholds(up, depth, ends, unit=tree.num_nodes)
+    group = [0] * len(up)
+    for node in range(1, len(up)):
+        over = group[up[node]]
+        group[node] = node if depth[over] < chosen_below[node] else over
+    group_node = np.zeros(tree.num_nodes, np.int32)
+    group_node[inner] = inner[group]
+    group_node[leaves] = group_node[tree.parent[leaves]]
+    return group_node
 
 
-def _choice_thresholds(tree: PrefixTree, depth: list[int], parent: list[int]) -> list[int]:
-    """For each node, the depth such that choosing the node pays exactly when its nearest chosen
+def _choice_thresholds(up: list[int], depth: list[int], ends: list[int], unit: int) -> list[int]:
+    """For each inner node, the depth such that choosing it pays exactly when its nearest chosen
     ancestor is less deep than that; 0 for never.
+
+    up: each node's parent. depth: its usable depth. ends: the requests that end at the node or at
+    a leaf of their own below it.
 
     With a the depth of the nearest chosen ancestor and e(v) the requests ending at v,
 
@@ -64,19 +72,13 @@ def _choice_thresholds(tree: PrefixTree, depth: list[int], parent: list[int]) ->
     A saved token counts `unit` and a group costs 1, less than one token for all groups together:
     that settles equals in favour of fewer groups.
     """
-    unit = tree.num_nodes
-    chosen_below = [0] * tree.num_nodes
-    num_requests = tree.num_requests.tolist()
+    chosen_below = [0] * len(up)
     # Of G(v, .), summed up as the children of v are done.
-    at_zero = [0] * tree.num_nodes
-    slope_at_zero = [unit * ends for ends in tree.end_count.tolist()]
+    at_zero = [0] * len(up)
+    slope_at_zero = [unit * count for count in ends]
     bends_of: dict[int, dict[int, int]] = {}
 
-    for node in range(tree.num_nodes - 1, 0, -1):
-        up = parent[node]
-        if num_requests[node] == 1:
-            slope_at_zero[up] += unit
-            continue
+    for node in range(len(up) - 1, 0, -1):
         value, slope = at_zero[node], slope_at_zero[node]
         bends = sorted(bends_of.pop(node, {}).items())
         here = depth[node]
@@ -97,10 +99,11 @@ def _choice_thresholds(tree: PrefixTree, depth: list[int], parent: list[int]) ->
             # F exact on the integers although the lines cross between them.
             bends = [(below - 1, first_step), (below, slope - first_step), *bends[passed:]]
             value, slope = if_chosen, 0
-        at_zero[up] += value
-        slope_at_zero[up] += slope
+        over = up[node]
+        at_zero[over] += value
+        slope_at_zero[over] += slope
         for at, rise in bends:
-            if at < depth[up] and rise:
-                to = bends_of.setdefault(up, {})
+            if at < depth[over] and rise:
+                to = bends_of.setdefault(over, {})
                 to[at] = to.get(at, 0) + rise
     return chosen_below

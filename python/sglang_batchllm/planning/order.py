@@ -3,7 +3,7 @@
 import numpy as np
 
 from sglang_batchllm.planning.pages import floor_to_page
-from sglang_batchllm.planning.prefix_tree import PrefixTree, subtree_sums
+from sglang_batchllm.planning.prefix_tree import PrefixTree
 
 
 def execution_starts(tree: PrefixTree, output_lens: np.ndarray) -> np.ndarray:
@@ -19,31 +19,56 @@ def execution_starts(tree: PrefixTree, output_lens: np.ndarray) -> np.ndarray:
     subtree's expected output tokens over its distinct prompt tokens below the node. Equals go by
     their smallest request index.
     """
-    parent = tree.parent.tolist()
+    ratio = _decoding_ratio(tree, output_lens)
+    inner, above, leaves = tree.inner()
+    up = above.tolist()
+    smallest = np.full(tree.num_nodes, len(tree.request_node), np.int32)
+    longest = np.zeros(tree.num_nodes, np.int64)
+    request = np.arange(len(tree.request_node), dtype=np.int32)
+    for nodes in (tree.request_node, tree.parent[tree.request_node]):
+        np.minimum.at(smallest, nodes, request)
+        np.maximum.at(longest, nodes, output_lens)
+    smallest_below, longest_below = smallest[inner].tolist(), longest[inner].tolist()
+    for node in range(len(up) - 1, 0, -1):
+        over = up[node]
+        smallest_below[over] = min(smallest_below[over], smallest_below[node])
+        longest_below[over] = max(longest_below[over], longest_below[node])
+    smallest[inner], longest[inner] = smallest_below, longest_below
+
+    # From the start of its parent's subtree each starts behind what ends there and its elders.
+    parent = tree.parent[1:]
+    siblings = np.lexsort((smallest[1:], -ratio[1:], -longest[1:], parent))
+    sizes = tree.num_requests[1:][siblings]
+    elders = np.cumsum(sizes, dtype=np.int64) - sizes
+    parent = parent[siblings]
+    eldest = np.ones(len(parent), np.bool_)
+    eldest[1:] = parent[1:] != parent[:-1]
+    elders -= np.maximum.accumulate(np.where(eldest, elders, 0))
+    starts = np.zeros(tree.num_nodes, np.int64)
+    starts[siblings + 1] = elders + tree.end_count[parent]
+    placed = starts[inner].tolist()
+    for node in range(1, len(up)):
+        placed[node] += placed[up[node]]
+    starts[inner] = placed
+    starts[leaves] += starts[tree.parent[leaves]]
+    return starts
+
+
+def _decoding_ratio(tree: PrefixTree, output_lens: np.ndarray) -> np.ndarray:
+    """Expected output tokens over distinct prompt tokens of each subtree, float64[num_nodes]; 0
+    for the root, which nothing is compared with."""
     outputs = np.zeros(tree.num_nodes, np.int64)
     np.add.at(outputs, tree.request_node, output_lens)
-    ratio = np.array(subtree_sums(parent, outputs.tolist())[1:], np.float64) / np.array(
-        subtree_sums(parent, tree.edge_len.tolist())[1:], np.float64
-    )
-    smallest = np.full(tree.num_nodes, len(tree.request_node), np.int64)
-    np.minimum.at(smallest, tree.request_node, np.arange(len(tree.request_node)))
-    longest = np.zeros(tree.num_nodes, np.int64)
-    np.maximum.at(longest, tree.request_node, output_lens)
-    for node in range(tree.num_nodes - 1, 0, -1):
-        smallest[parent[node]] = min(smallest[parent[node]], smallest[node])
-        longest[parent[node]] = max(longest[parent[node]], longest[node])
-
-    # Children by parent, and parents come before their own children: one pass places them all.
-    siblings = np.lexsort((smallest[1:], -ratio, -longest[1:], tree.parent[1:])) + 1
-    starts = [0] * tree.num_nodes
-    free = tree.end_count.tolist()  # next free position inside each placed subtree
-    num_requests = tree.num_requests.tolist()
-    for node in siblings.tolist():
-        up = parent[node]
-        starts[node] = free[up]
-        free[node] += free[up]
-        free[up] += num_requests[node]
-    return np.array(starts, np.int64)
+    # Depth-first, the nodes of a subtree are a range, and so are the requests.
+    first_request = np.cumsum(tree.end_count) - tree.end_count
+    end = np.searchsorted(first_request, first_request + tree.num_requests)[1:]
+    sums = []
+    for values in (outputs, tree.edge_len):
+        until = np.cumsum(values)
+        sums.append(until[end - 1] - until[:-1])
+    ratio = np.zeros(tree.num_nodes, np.float64)
+    np.divide(*sums, out=ratio[1:])
+    return ratio
 
 
 def order_of(tree: PrefixTree, starts: np.ndarray) -> np.ndarray:

@@ -11,8 +11,15 @@ from sglang_batchllm.planning.grouping import choose_groups, usable_depth
 from sglang_batchllm.planning.order import execution_starts, longest_earlier_prefix, order_of
 from sglang_batchllm.planning.pages import floor_to_page
 from sglang_batchllm.planning.prefix_tree import PrefixTree, build_prefix_tree
-from sglang_batchllm.planning.report import PlanReport, quantiles
-from sglang_batchllm.planning.tokens import Prompts, encode_prompts
+from sglang_batchllm.planning.sorting import sort_prompts
+from sglang_batchllm.planning.summary import PlanReport, quantiles
+from sglang_batchllm.planning.tokens import Prompts, as_table
+
+BYTES_PER_REQUEST = 600
+"""Most memory that planning takes for a request, of which at most 90 bytes are the plan's."""
+
+BYTES_AT_ONCE = 256 << 20
+"""Most memory that planning takes beside that of requests; see `sorting.ROUND_TOKENS`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,21 +82,28 @@ def plan_batch(
     is an exact dynamic program, see `grouping`. Time is that of sorting the prompts plus linear
     in tokens. The same input gives the same plan.
 
+    Memory is at most `BYTES_PER_REQUEST` for each request and `BYTES_AT_ONCE`, whatever the number
+    of tokens, if these are a table or a 2-D array: a `TokenTable` of a `np.memmap` may be larger
+    than memory. Other forms are copied first, 4 bytes a token. Namespaces need memory of their own.
+
     Raises ValueError, naming the prompt where one is to blame.
     """
     started = time.perf_counter()
     page_size = operator.index(page_size)
     if page_size < 1:
         raise ValueError(f"page_size is {page_size}; pass the tokens per KV page, 1 or more")
-    encoded = encode_prompts(prompts)
-    lens = encoded.lens
+    table = as_table(prompts)
+    lens = np.diff(table.offsets)
     output_lens = _check_output_lens(expected_output_lens, len(lens))
     if namespaces is not None and len(namespaces) != len(lens):
         raise ValueError(
             f"namespaces has {len(namespaces)} entries for {len(lens)} prompts; pass one each"
         )
 
-    tree = build_prefix_tree(encoded, page_size, namespaces)
+    in_order = sort_prompts(table, _ranks(namespaces, len(lens)))
+    del table  # may be a copy of the tokens
+    tree = build_prefix_tree(in_order, lens, page_size)
+    del in_order
     starts = execution_starts(tree, output_lens)
     order = order_of(tree, starts)
     groups, group_of = _number_groups(tree, order, page_size)
@@ -135,6 +149,14 @@ def _check_output_lens(expected: Sequence[int] | np.ndarray | None, count: int) 
             f"prompt {negative[0]} has expected output length {lens[negative[0]]}; pass 0 or more"
         )
     return lens.astype(np.int64)
+
+
+def _ranks(namespaces: Sequence[Hashable] | None, count: int) -> np.ndarray:
+    """int32[count], the same number for the same namespace."""
+    if namespaces is None:
+        return np.zeros(count, np.int32)
+    ranks: dict[Hashable, int] = {}
+    return np.fromiter((ranks.setdefault(space, len(ranks)) for space in namespaces), np.int32)
 
 
 def _number_groups(

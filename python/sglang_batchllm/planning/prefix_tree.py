@@ -1,12 +1,12 @@
 """The compressed prefix tree (radix tree) of a batch, as flat arrays."""
 
-from collections.abc import Hashable, Sequence
+import array
 from dataclasses import dataclass
 
 import numpy as np
 
 from sglang_batchllm.planning.pages import floor_to_page
-from sglang_batchllm.planning.tokens import EncodedPrompts
+from sglang_batchllm.planning.sorting import SortedPrompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,83 +41,83 @@ class PrefixTree:
         edges[0] = 0
         return edges
 
+    def inner(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The nodes that matter to several requests, and the leaves of one request each.
 
-def subtree_sums(parent: Sequence[int], values: Sequence[int]) -> list[int]:
-    """Sum `values` (one per node) over each node's subtree. A loop, so depth is no limit."""
-    sums = list(values)
-    for node in range(len(sums) - 1, 0, -1):
-        sums[parent[node]] += sums[node]
-    return sums
+        In most batches nearly all nodes are such leaves. What concerns these is done with arrays,
+        and loops go over the others only.
+
+        Returns the inner nodes, which are the root and all but those leaves, rising; the place of
+        each one's parent among them, 0 for the root; and the leaves, rising. All are int64 arrays.
+        """
+        is_leaf = (self.num_requests == 1) & (self.end_count == 1)
+        inner = np.flatnonzero(~is_leaf)
+        place = np.cumsum(~is_leaf) - 1
+        above = place[self.parent[inner]]
+        above[0] = 0
+        return inner, above, np.flatnonzero(is_leaf)
 
 
-def build_prefix_tree(
-    prompts: EncodedPrompts, page_size: int, namespaces: Sequence[Hashable] | None
-) -> PrefixTree:
-    """Build the tree of `prompts`; prompts of different namespaces part at the root.
+def build_prefix_tree(prompts: SortedPrompts, lens: np.ndarray, page_size: int) -> PrefixTree:
+    """Build the tree of sorted prompts in one pass, with a stack that holds the path to the last.
 
-    Sort, take the longest common prefix of each two neighbours, and build the tree in one pass
-    with a stack that holds the path to the last prompt. Apart from the sort, time is linear in
-    tokens; nothing recurses.
+    lens: int64[n], tokens per prompt, by request. Time is linear in prompts; nothing recurses.
     """
-    in_order = list(range(len(prompts.keys)))
-    in_order.sort(key=prompts.keys.__getitem__)
-    if namespaces is not None:
-        ranks: dict[Hashable, int] = {}
-        rank_of = [ranks.setdefault(space, len(ranks)) for space in namespaces]
-        in_order.sort(key=rank_of.__getitem__)  # stable: keeps the order by prefix within each
-    else:
-        rank_of = [0] * len(in_order)
+    lengths, common = lens[prompts.order], prompts.common
+    repeats = np.zeros(len(lengths), np.bool_)
+    repeats[1:] = (common[1:] == lengths[1:]) & (common[1:] == lengths[:-1])
+    # Equal prompts end at one node, so the rest is about the distinct ones; these are numbered.
+    first_of = np.flatnonzero(~repeats)
+    branches = floor_to_page(common[first_of], page_size)
+    lengths = lengths[first_of]
+    count = len(first_of)
 
-    # Nodes as they appear; `first` is the position in sorted order of the subtree's first prompt.
-    depth, parent, first, end_count = [0], [-1], [0], [0]
-
-    def add_node(node_depth: int, node_parent: int, node_first: int, ends: int) -> int:
-        depth.append(node_depth)
-        parent.append(node_parent)
-        first.append(node_first)
-        end_count.append(ends)
-        return len(depth) - 1
-
-    lens = prompts.lens.tolist()
-    end_node = np.zeros(len(in_order), np.int64)
-    path = [0]
-    previous = -1
-    for position, prompt in enumerate(in_order):
-        common = 0
-        if position and rank_of[prompt] == rank_of[previous]:
-            common = _common_prefix(prompts.tokens(previous), prompts.tokens(prompt))
-        if position and common == lens[prompt] == lens[previous]:
-            end_count[path[-1]] += 1
-        else:
-            branch_depth = floor_to_page(common, page_size)
-            below = -1
-            while depth[path[-1]] > branch_depth:
-                below = path.pop()
-            if depth[path[-1]] < branch_depth:
-                parent[below] = add_node(branch_depth, path[-1], first[below], 0)
-                path.append(parent[below])
-            path.append(add_node(lens[prompt], path[-1], position, 1))
-        end_node[prompt] = path[-1]
-        previous = prompt
+    # The root, the ends of prompts, and then the branches as they appear; each node is that of the
+    # prompts from its first up to the first one that is not under it.
+    first = array.array("i", np.maximum(np.arange(-1, count, dtype=np.int32), 0).tobytes())
+    until = array.array("i", bytes(4 * (count + 1)))
+    parent = array.array("i", bytes(4 * (count + 1)))
+    branch_depth = array.array("q")
+    path, path_depth = [0], [0]
+    for prompt, (branch, length) in enumerate(zip(branches.data, lengths.data, strict=True)):
+        below = -1
+        while path_depth[-1] > branch:
+            below = path.pop()
+            path_depth.pop()
+            until[below] = prompt
+        if path_depth[-1] < branch:
+            parent.append(path[-1])
+            path.append(len(first))
+            parent[below] = len(first)
+            first.append(first[below])
+            until.append(0)
+            branch_depth.append(branch)
+            path_depth.append(branch)
+        parent[prompt + 1] = path[-1]
+        path.append(prompt + 1)
+        path_depth.append(length)
+    for node in path:
+        until[node] = count
 
     # Depth-first order: along one path by depth, then by the first prompt underneath.
-    preorder = np.lexsort((depth, first))
+    firsts = np.frombuffer(first, np.int32)
+    depths = np.concatenate([[0], lengths, np.frombuffer(branch_depth, np.int64)])
+    preorder = np.lexsort((depths, firsts)).astype(np.int32)
     number = np.empty_like(preorder)
-    number[preorder] = np.arange(len(preorder))
-    new_parent = number[np.array(parent)[preorder]].astype(np.int32)
+    number[preorder] = np.arange(len(preorder), dtype=np.int32)
+    new_parent = number[np.frombuffer(parent, np.int32)[preorder]]
     new_parent[0] = -1
-    new_end_count = np.array(end_count, np.int32)[preorder]
+    end_nodes = number[1 : count + 1]
+    starts = np.append(first_of, len(repeats))
+    end_count = np.zeros(len(preorder), np.int32)
+    end_count[end_nodes] = np.diff(starts)
+    requests = starts[np.frombuffer(until, np.int32)] - starts[firsts]
+    request_node = np.empty(len(repeats), np.int32)
+    request_node[prompts.order] = end_nodes[np.cumsum(~repeats, dtype=np.int32) - 1]
     return PrefixTree(
         parent=new_parent,
-        depth=np.array(depth, np.int64)[preorder],
-        end_count=new_end_count,
-        num_requests=np.array(subtree_sums(new_parent.tolist(), new_end_count.tolist()), np.int32),
-        request_node=number[end_node].astype(np.int32),
+        depth=depths[preorder],
+        end_count=end_count,
+        num_requests=requests[preorder].astype(np.int32),
+        request_node=request_node,
     )
-
-
-def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:
-    length = min(len(left), len(right))
-    differs = left[:length] != right[:length]
-    at = int(differs.argmax())
-    return at if differs[at] else length

@@ -1,22 +1,23 @@
-"""The prompts of a batch, in the forms callers have them, and as keys that sort by prefix."""
+"""The prompts of a batch, in the forms callers have them, and as one table."""
 
 import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 
 _INT32 = np.iinfo(np.int32)
 _INT64 = np.iinfo(np.int64)
+_BLOCK = 1 << 20
+"""Tokens that are looked at together where a whole table must be."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
     """All prompts of a batch in one flat array.
 
-    tokens: integers, 1-D, prompt after prompt.
+    tokens: integers, 1-D, prompt after prompt; a `np.memmap` where they are more than memory holds.
     offsets: int64[n + 1], prompt i is tokens[offsets[i]:offsets[i + 1]].
 
     Raises ValueError when the two do not fit each other.
@@ -50,58 +51,56 @@ Prompt: TypeAlias = Sequence[int] | np.ndarray | array.array
 Prompts: TypeAlias = Sequence[Prompt] | Sequence[np.ndarray] | np.ndarray | TokenTable
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedPrompts:
-    """Prompts as byte strings of fixed-width tokens.
+def as_table(prompts: Prompts) -> TokenTable:
+    """All forms of prompts as a table with int64 offsets and contiguous integer tokens.
 
-    Byte strings of one width compare at memcmp speed, and although their order is not the
-    numeric order of the tokens, prompts with a common prefix are neighbours in it and a prompt
-    comes before its extensions, which is all that building a prefix tree needs.
-
-    keys: one `bytes` per prompt. dtype: int32, or int64 when any token id needs it.
-    lens: int64[n], tokens per prompt.
-    """
-
-    keys: list[bytes]
-    dtype: type[np.int32] | type[np.int64]
-    lens: np.ndarray
-
-    def tokens(self, prompt: int) -> np.ndarray:
-        """The prompt's tokens, `dtype`[lens[prompt]], without a copy."""
-        return np.frombuffer(self.keys[prompt], self.dtype)
-
-
-def encode_prompts(prompts: Prompts) -> EncodedPrompts:
-    """Encode prompts one at a time, so that at most one extra copy of the batch exists.
+    A table or a 2-D array that is so already stays where it is, in memory or on disk. Other
+    prompts are copied one at a time, to int32, or to int64 when any token id needs it.
 
     Raises ValueError, naming the prompt, for one that is empty, not 1-D, or not made of
     integers that fit in a signed 64-bit integer.
     """
-    rows = _split(prompts)
-    keys: list[bytes] = []
-    dtype: type[np.int32] | type[np.int64] = np.int32
-    for index, row in enumerate(rows):
-        tokens = _as_integers(row, index)
-        if dtype is np.int32 and not _fits_int32(tokens):
-            dtype = np.int64
-            # In place, so that the narrow keys are freed as the wide ones appear.
-            for done, key in enumerate(keys):
-                keys[done] = np.frombuffer(key, np.int32).astype(np.int64).tobytes()
-        keys.append(tokens.astype(dtype, copy=False).tobytes())
-    lens = np.fromiter(map(len, keys), np.int64, len(keys)) // np.dtype(dtype).itemsize
-    return EncodedPrompts(keys, dtype, lens)
-
-
-def _split(prompts: Prompts) -> Sequence[Prompt] | np.ndarray:
     if isinstance(prompts, TokenTable):
-        bounds = prompts.offsets.tolist()
-        return [prompts.tokens[a:b] for a, b in pairwise(bounds)]
-    if isinstance(prompts, np.ndarray) and prompts.ndim != 2:
+        return _check(prompts.tokens, prompts.offsets.astype(np.int64, copy=False))
+    if not isinstance(prompts, np.ndarray):
+        return _join(prompts)
+    if prompts.ndim != 2:
         raise ValueError(
             f"prompts is an array of {prompts.ndim} dimensions; "
             "pass a 2-D array (one prompt per row), a list of prompts, or a TokenTable"
         )
-    return prompts
+    count, length = prompts.shape
+    return _check(prompts.reshape(-1), np.arange(count + 1) * length)
+
+
+def _check(tokens: np.ndarray, offsets: np.ndarray) -> TokenTable:
+    empty = np.flatnonzero(offsets[1:] == offsets[:-1])
+    if empty.size:
+        raise ValueError(f"prompt {empty[0]} is empty; every prompt needs at least one token")
+    # As a plain array: slices of a memmap would each cost its bookkeeping.
+    tokens = np.ascontiguousarray(tokens)
+    if tokens.size:
+        _check_dtype(tokens, 0)
+    if tokens.dtype == np.uint64:
+        for start in range(0, tokens.size, _BLOCK):
+            beyond = np.flatnonzero(tokens[start : start + _BLOCK] > _INT64.max)
+            if beyond.size:
+                _raise_beyond_int64(int(np.searchsorted(offsets, start + beyond[0], "right")) - 1)
+    return TokenTable(tokens, offsets)
+
+
+def _join(rows: Sequence[Prompt]) -> TokenTable:
+    joined = bytearray()
+    dtype: type[np.int32] | type[np.int64] = np.int32
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    for index, row in enumerate(rows):
+        tokens = _as_integers(row, index)
+        if dtype is np.int32 and not _fits_int32(tokens):
+            dtype = np.int64
+            joined = bytearray(np.frombuffer(joined, np.int32).astype(np.int64))
+        joined += tokens.astype(dtype, "C", copy=False).data
+        offsets[index + 1] = tokens.size
+    return TokenTable(np.frombuffer(joined, dtype), np.cumsum(offsets))
 
 
 def _as_integers(row: Prompt, index: int) -> np.ndarray:
@@ -121,13 +120,19 @@ def _as_integers(row: Prompt, index: int) -> np.ndarray:
         raise ValueError(f"prompt {index} has {tokens.ndim} dimensions; pass a flat list of tokens")
     if not tokens.size:
         raise ValueError(f"prompt {index} is empty; every prompt needs at least one token")
+    _check_dtype(tokens, index)
+    if tokens.dtype == np.uint64 and tokens.max() > _INT64.max:
+        _raise_beyond_int64(index)
+    return tokens
+
+
+def _check_dtype(tokens: np.ndarray, index: int) -> None:
     if tokens.dtype.kind not in "iu":
         raise ValueError(f"prompt {index} has dtype {tokens.dtype}; token ids must be integers")
-    if tokens.dtype == np.uint64 and tokens.max() > _INT64.max:
-        raise ValueError(
-            f"prompt {index} has a token id of 2**63 or more; token ids must fit in int64"
-        )
-    return tokens
+
+
+def _raise_beyond_int64(index: int) -> NoReturn:
+    raise ValueError(f"prompt {index} has a token id of 2**63 or more; token ids must fit in int64")
 
 
 def _fits_int32(tokens: np.ndarray) -> bool:

@@ -1,0 +1,127 @@
+"""SGLang's prefix cache, in which a planned batch holds its shared prefixes by pins."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
+
+from sglang_batchllm.policy.batch import Member, member_of
+from sglang_batchllm.policy.requests import End
+
+if TYPE_CHECKING:
+    from sglang_batchllm.policy.core import BatchPolicy
+
+
+class PinnedGroups(ABC):
+    """What a cache with pinned groups does in every SGLang release. See `policy.store.Store`.
+
+    Of a request in a batch that was handed over whole, only the prefix that others share enters
+    the tree while it runs, as soon as it has slots; the batch pins it (`pin`), and `unpin` lets it
+    go after its last use. Where memory is short what is left is freed then, and never met by LRU;
+    where there is room it stays, with the request's own suffix and output, and is the first to be
+    evicted. All other requests are cached as SGLang does.
+
+    policy: told what gives its KV back; the scheduler sets it.
+    """
+
+    policy: BatchPolicy | None = None
+
+    # What a release has to say
+
+    @abstractmethod
+    def publish(self, req: Req) -> int: ...
+
+    @abstractmethod
+    def match(self, tokens: array[int], namespace: str | None, limit: int) -> tuple[Any, int]:
+        """Where the cached part of tokens[:limit] ends, and how many tokens that is."""
+
+    @abstractmethod
+    def hold(self, node: Any) -> tuple[Any, int]:
+        """Keep a node and all above it; returns a handle and the tokens nobody else keeps."""
+
+    @abstractmethod
+    def let_go(self, handle: Any) -> Any:
+        """The opposite; returns the node."""
+
+    @abstractmethod
+    def evict_first(self, node: Any) -> None:
+        """Have the node, and those above it that nobody holds, evicted before all others."""
+
+    @abstractmethod
+    def free_upwards(self, node: Any, depth: int, keep: int) -> None:
+        """Free the KV of the path that ends in `node`, `depth` tokens deep, down to its first
+        `keep` tokens or a node that is held or has other continuations."""
+
+    # What the policy asks
+
+    def cached(self, tokens: array[int], namespace: str | None) -> int:
+        return self.match(tokens, namespace, len(tokens))[1]
+
+    def locked(self, tokens: array[int], namespace: str | None) -> int:
+        node, depth = self.match(tokens, namespace, len(tokens) - 1)
+        handle, loose = self.hold(node)
+        self.let_go(handle)
+        return depth - loose
+
+    def pin(self, tokens: array[int], namespace: str | None, depth: int) -> Any:
+        node, cached = self.match(tokens, namespace, depth)
+        assert cached == depth, f"prefix of {depth} tokens to pin, but only {cached} are cached"
+        return self.hold(node)[0]
+
+    def unpin(self, handle: Any, depth: int, free_from: int | None, last_use: bool) -> None:
+        node = self.let_go(handle)
+        if free_from is not None:
+            self.free_upwards(node, depth, free_from)
+        elif last_use:
+            self.evict_first(node)
+
+    def hold_text(self, tokens: array[int], namespace: str | None) -> tuple[Any, int]:
+        return self.hold(self.match(tokens, namespace, len(tokens))[0])
+
+    def release_text(self, handle: Any) -> None:
+        self.let_go(handle)
+
+    # What a request leaves
+
+    def keeps(self, req: Req) -> bool:
+        """Whether what a request has computed stays in the tree once it has ended."""
+        assert self.policy is not None
+        return private_member(req) is None or self.policy.keeps(req)
+
+    def left(self, req: Req, node: Any, depth: int, text: array[int] | None) -> None:
+        """The request has given its KV back, ended or not. node, depth: where the part of it that
+        the tree had ended. text: what the tree has now of it, None for no more."""
+        assert self.policy is not None
+        member = private_member(req)
+        if member is not None:
+            if text is not None:
+                self.evict_first(self.match(text, req.extra_key, len(text))[0])
+            if member.claimed and node is not None:
+                # An unfinished leader: what it published below the last whole node has no pin.
+                self.free_upwards(node, depth, member.matched)
+        self.policy.ended(req, _end_of(req), text)
+
+
+def private_member(req: Req) -> Member | None:
+    """The request's place in a batch that was handed over whole, if it has one."""
+    member = member_of(req)
+    whole = member is not None and member.batch is not None and member.batch.private
+    return member if whole else None
+
+
+def shared_tokens(req: Req, member: Member, end: int) -> int:
+    """How many of the request's first `end` tokens, which have slots, others are to share."""
+    assert member.batch is not None
+    return min(member.batch.pins.depth[member.home], end) if member.claimed else 0
+
+
+def _end_of(req: Req) -> End | None:
+    """How the request has ended; None for one that was retracted."""
+    if not req.finished():
+        return None
+    if isinstance(req.finished_reason, FINISH_ABORT):
+        return "abort"
+    return "length" if isinstance(req.finished_reason, FINISH_LENGTH) else "stop"

@@ -1,0 +1,56 @@
+"""Runs unmodified SGLang on a machine without an accelerator, for tests and first steps.
+
+SGLang's own CPU engine needs a kernel library whose published wheels do not import without a CUDA
+driver. As an out-of-tree platform with the ``native`` dispatch key, every operator falls back to
+plain torch instead: slow, exact, and the same scheduler, caches and servers as on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+
+from sglang_batchllm.edge import seams
+
+if TYPE_CHECKING:
+    from sglang_batchllm.edge.seams.v0_5_17 import platform as seam
+else:
+    seam = seams.load("platform")
+
+
+KV_TOKENS = 1 << 16
+"""Of a server that is not told how many. SGLang would take nearly all memory of the machine, and
+fill it with zeros, whatever the model's size."""
+
+
+class CpuReferencePlatform(CpuDeviceMixin, seam.PlatformParts):
+    """The CPU reference platform: torch-native attention, plain pools."""
+
+    _enum = PlatformEnum.OOT
+
+    def get_device(self, *_: int, **__: int) -> str:  # type: ignore[override]
+        return "cpu"  # SGLang concatenates and compares this with strings
+
+    def init_backend(self) -> None:
+        # torch.compile, as grammar libraries use it, would need a C++ compiler on this machine.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        server_args.device = "cpu"
+        if server_args.attention_backend is None:
+            server_args.attention_backend = self.get_default_attention_backend()
+        if server_args.sampling_backend is None:
+            server_args.sampling_backend = "pytorch"
+        if server_args.grammar_backend is None:
+            server_args.grammar_backend = "llguidance"  # xgrammar's masks need pinned memory
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = KV_TOKENS
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"

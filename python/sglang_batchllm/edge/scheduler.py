@@ -1,0 +1,296 @@
+"""SGLang's scheduler, which is told each step which requests may be prefilled next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import filterfalse
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
+from sglang.srt.utils import broadcast_pyobj
+from sglang.utils import TypeBasedDispatcher
+
+from sglang_batchllm.attention import GroupTable, get_group_table
+from sglang_batchllm.edge import seams
+from sglang_batchllm.edge.adder import ForecastPrefillAdder
+from sglang_batchllm.edge.args import BatchLLMServerArgs, resolved
+from sglang_batchllm.edge.cache import PinnedGroups
+from sglang_batchllm.edge.last_layer import sample_rows_in_last_layer
+from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
+from sglang_batchllm.edge.names import ATTENTION_BACKEND
+from sglang_batchllm.edge.queue_index import QueueIndex, without
+from sglang_batchllm.policy.core import Arrival, BatchPolicy, Decision, Limits, View
+from sglang_batchllm.policy.requests import Turn
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import (
+        BatchTokenizedGenerateReqInput,
+        GetInternalStateReq,
+        GetInternalStateReqOutput,
+        TokenizedGenerateReqInput,
+    )
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_batchllm.edge.seams.v0_5_17 import scheduler as seam
+else:
+    seam = seams.load("scheduler")
+
+T = TypeVar("T")
+
+
+class BatchLLMScheduler(seam.QueueingScheduler):
+    """Stands in for SGLang's Scheduler; without ``batchllm`` it makes one of SGLang's own.
+
+    The waiting queue stays SGLang's, and holds every waiting request. For the moment in which
+    SGLang builds a prefill batch it shows only the requests that the policy has chosen, in that
+    order; chunking, LoRA, retraction and all else about the batch remain SGLang's decisions.
+    """
+
+    @staticmethod
+    def prepare_process() -> None:
+        """What else this process needs for ``batchllm``; `plugin.py` says what, and sets it."""
+
+    def __new__(cls, server_args: ServerArgs, *args: Any, **kwargs: Any):
+        if cls is BatchLLMScheduler and not getattr(server_args, "batchllm", False):
+            stock = seam.QueueingScheduler.__base__
+            assert stock is not None
+            return stock(server_args, *args, **kwargs)
+        return super().__new__(cls)
+
+    def init_schedule_policy(self) -> None:
+        super().init_schedule_policy()
+        assert isinstance(self.tree_cache, PinnedGroups)
+        assert isinstance(self.server_args, BatchLLMServerArgs)
+        self._cache: Any = self.tree_cache  # one that is SGLang's, too
+        self._asked_to_mix = self.is_mixed_chunk
+        limits = Limits(
+            capacity=self.max_total_num_tokens,
+            page_size=self._cache.page_size,
+            chunk=self.chunked_prefill_size or self.max_prefill_tokens,
+            gather_seconds=self.server_args.batchllm_gather_ms / 1000,
+            mixes=self._asked_to_mix,
+        )
+        self._policy = self._cache.policy = BatchPolicy(self._cache, limits, self._agree)
+        self._group_table: GroupTable | None = None
+        if resolved(self.server_args).decode_attention_backend == ATTENTION_BACKEND:
+            self._group_table = get_group_table(self.req_to_token_pool)
+        self.prepare_process()
+        sample_rows_in_last_layer(self.tp_worker.model_runner.model, self.server_args)
+        self._index = QueueIndex()
+        self._held_back: list[Req] | None = None
+        self._receiving_list = False
+        self._turns: dict[str, Turn] = {}  # of requests that are announced and have yet to come
+        self._seen_forward_ct = 0
+
+    # Arrivals
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        self._request_dispatcher += TypeBasedDispatcher(
+            [
+                (NameTurns, self.name_turns),
+                (ReleaseTexts, self.release_texts),
+                (AbortList, self.abort_list),
+            ]
+        )
+
+    def name_turns(self, recv_req: NameTurns) -> None:
+        for rid, (kind, program) in recv_req.turns.items():
+            self._turns[rid] = Turn(kind, recv_req.batch, program)  # type: ignore[arg-type]
+
+    def release_texts(self, recv_req: ReleaseTexts) -> None:
+        self._policy.release_texts(recv_req.batch, recv_req.programs)
+
+    def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **options: Any) -> None:
+        super().handle_generate_request(recv_req, **options)
+        if not self._receiving_list:
+            self._turns.pop(str(recv_req.rid), None)  # also where it was refused
+
+    def handle_batch_generate_request(self, recv_req: BatchTokenizedGenerateReqInput) -> None:
+        waiting, compiling = len(self.waiting_queue), len(self.grammar_manager.grammar_queue)
+        self._receiving_list = True
+        try:
+            super().handle_batch_generate_request(recv_req)
+        finally:
+            self._receiving_list = False
+        queued = self.waiting_queue[waiting:]
+        place = {tokenized.rid: index for index, tokenized in enumerate(recv_req)}
+        requests = queued + self.grammar_manager.grammar_queue[compiling:]
+        requests.sort(key=lambda req: place[req.rid])
+        self._policy.list_arrived([self._arrival(req) for req in requests], queued)
+        for rid in place:
+            self._turns.pop(str(rid), None)
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        seam.name_space(req)
+        chosen = None
+        if self._held_back is not None:  # a prefill batch is being built: keep out of its sight
+            chosen, self.waiting_queue = self.waiting_queue, self._held_back
+        super()._add_request_to_queue(req, is_retracted)
+        accepted = bool(self.waiting_queue) and self.waiting_queue[-1] is req
+        if chosen is not None:
+            self._held_back, self.waiting_queue = self.waiting_queue, chosen
+        if accepted:
+            self._index.add(req)
+        if accepted and not self._receiving_list:
+            self._policy.arrived(self._arrival(req))
+
+    def _arrival(self, req: Req) -> Arrival:
+        return Arrival(req, self._turns.get(req.rid), _can_share(req))
+
+    # Aborts
+
+    def abort_request(self, recv_req: AbortReq) -> None:
+        # SGLang takes the id as a beginning.
+        rid = "" if recv_req.abort_all else recv_req.rid or ""
+        leaving = self._index.beginning_with(rid) if rid else self.waiting_queue
+        with self._only_waiting(leaving):
+            super().abort_request(recv_req)
+
+    def abort_list(self, recv_req: AbortList) -> None:
+        """As an abort of each request by itself, in one pass over those that wait."""
+        rids = set(recv_req.rids)
+        waiting = [req for req in map(self._index.get, rids) if req is not None]
+        with self._only_waiting(waiting):
+            for req in waiting:
+                self.refuse_waiting(req)
+            self.waiting_queue = []
+            for rid in rids.difference(req.rid for req in waiting):
+                super().abort_request(AbortReq(rid=rid))
+
+    @contextmanager
+    def _only_waiting(self, leaving: list[Req]) -> Iterator[None]:
+        """Within it nothing waits but these, and those that are gone after it have departed."""
+        before = self.waiting_queue
+        self.waiting_queue = list(leaving)
+        try:
+            yield
+        finally:
+            gone = set(leaving).difference(self.waiting_queue)
+            self.waiting_queue = without(before, gone)
+            self.departed(gone)
+
+    def departed(self, gone: set[Req]) -> None:
+        for req in gone:
+            self._index.discard(req)
+        self._policy.departed(gone)
+
+    # Scheduling
+
+    def get_prefill_adder_class(self) -> type[ForecastPrefillAdder]:
+        return ForecastPrefillAdder
+
+    def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
+        decision = self._policy.choose(self._view(running_batch))
+        running_batch.batch_is_full = decision.full
+        self.is_mixed_chunk = decision.mixed
+        plan = self._build(running_batch, decision)
+        batch = plan.batch_to_run
+        reqs: list[Req] = []
+        if batch is not None:  # a mixed batch also carries requests that decode
+            decoding = {id(req) for req in batch.decoding_reqs or ()}
+            reqs = [req for req in batch.reqs if id(req) not in decoding]
+        idle = plan.running_batch.is_empty() and self.chunked_req is None
+        for req in reqs:
+            self._index.discard(req)
+        self._policy.launched([(req, seam.computed(req)) for req in reqs], idle)
+        if self._group_table is not None and reqs:
+            self._enter_groups(self._group_table, reqs)
+        if decision.requests and batch is None and idle:
+            plan.running_batch.batch_is_full = False
+        return plan
+
+    def _build(self, running_batch: ScheduleBatch, decision: Decision) -> NextBatchPlan:
+        """Have SGLang build a prefill batch from the chosen requests alone."""
+        chosen = decision.requests
+        self._held_back, self.waiting_queue = self.waiting_queue, chosen
+        if chosen:  # most steps choose none, and a long queue should cost them nothing
+            self._held_back = list(filterfalse(set(chosen).__contains__, self._held_back))
+        try:
+            return super().get_new_batch_prefill(running_batch)
+        finally:
+            if self.waiting_queue:
+                self._held_back[:0] = self.waiting_queue
+            self.waiting_queue, self._held_back = self._held_back, None
+
+    def _view(self, running_batch: ScheduleBatch) -> View:
+        allocator = self._cache.token_to_kv_pool_allocator
+        chunked = self.chunked_req
+        stepped, self._seen_forward_ct = (
+            self.forward_ct != self._seen_forward_ct,
+            self.forward_ct,
+        )
+        decoding = len(running_batch.reqs)
+        mixes = self._asked_to_mix and decoding > 0
+        return View(
+            decoding=decoding,
+            decode_tokens=running_batch.new_tokens_required_next_decode() if mixes else 0,
+            available=self._cache.evictable_size() + allocator.available_size(),
+            max_requests=self.places(running_batch),
+            chunk_left=(
+                len(chunked.full_untruncated_fill_ids) - seam.computed(chunked)
+                if chunked is not None
+                else 0
+            ),
+            stepped=stepped,
+            full=running_batch.batch_is_full,
+        )
+
+    def _enter_groups(self, table: GroupTable, reqs: list[Req]) -> None:
+        """Tell attention who shares slots. Every row is written when the request that holds it is
+        prefilled, and so before it decodes; rows of finished requests need no clearing."""
+        rows, ids, lengths = [], [], []
+        for req in reqs:
+            row = seam.row_of(req)
+            if row is not None:
+                group, length = self._policy.attention_group(req, seam.tree_tokens(req))
+                rows.append(row)
+                ids.append(group)
+                lengths.append(length)
+        table.assign(rows, ids, lengths)
+
+    def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
+        unfinished = [index for index, req in enumerate(batch.reqs) if not req.finished()]
+        self._policy.make_room(
+            lambda: batch.check_decode_mem(unfinished), [batch.reqs[i] for i in unfinished]
+        )
+        return super().update_running_batch(batch)
+
+    def _agree(self, decision: T) -> T:
+        """The decision of the first rank; clocks differ between ranks, batches must not."""
+        if self.tensor_parallel_size == 1:
+            return decision
+        return broadcast_pyobj(
+            [decision], self.tp_group.rank, self.tp_cpu_group, src=self.tp_group.ranks[0]
+        )[0]
+
+    # The report
+
+    def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
+        output = super().get_internal_state(recv_req)
+        output.internal_state["batchllm_report"] = self._policy.report() | {
+            "kv_tokens": {
+                "total": self.max_total_num_tokens,
+                "free": self._cache.token_to_kv_pool_allocator.available_size(),
+                "evictable": self._cache.evictable_size(),
+                "pinned": self._policy.pinned_tokens,
+                "held": self._policy.texts.tokens,
+            }
+        }
+        return output
+
+
+def _can_share(req: Req) -> bool:
+    """Whether equal token ids mean equal KV for this request, and it is no session's, nor invalid
+    or aborted already: SGLang ends those."""
+    return (
+        req.to_finish is None
+        and not req.finished()
+        and req.input_embeds is None
+        and req.positional_embed_overrides is None
+        and req.session is None
+        and not seam.is_beam(req)
+        and len(req.origin_input_ids) > 0
+    )

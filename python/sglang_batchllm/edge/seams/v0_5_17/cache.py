@@ -1,0 +1,94 @@
+"""SGLang's radix cache."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+
+from sglang_batchllm.edge.cache import PinnedGroups, private_member, shared_tokens
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+
+LONG_AGO = 0.0
+"""A time of last access before all others: what nobody needs is evicted first."""
+
+
+def create_cache(context: TreeCacheBuildContext) -> PinnedGroupCache:
+    """The factory behind ``--radix-cache-backend batchllm``."""
+    return PinnedGroupCache(context.params)
+
+
+class PinnedGroupCache(PinnedGroups, RadixCache):
+    def reset(self) -> None:
+        super().reset()
+        if self.policy is not None:
+            self.policy.forget_cached()
+
+    def publish(self, req: Req) -> int:
+        """See `policy.store.Store`. The pass that computes them has yet to run: a later one on the
+        same stream finds them written, as with SGLang's chunked prefill."""
+        self.cache_unfinished_req(req, chunked=True)
+        assert req.extend_range is not None
+        return req.extend_range.end
+
+    def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
+        member = private_member(req)
+        if member is None:
+            super().cache_unfinished_req(req, chunked=chunked)
+            return
+        assert req.extend_range is not None
+        start, end = req.extend_range
+        shared = shared_tokens(req, member, end)
+        if shared > req.cache_protected_len:
+            req.set_extend_range(min(start, shared), shared)
+            super().cache_unfinished_req(req, chunked=chunked)
+            req.set_extend_range(start, end)
+        if chunked:  # the next chunk starts where these end, in the tree or the request's own
+            row = self.req_to_token_pool.req_to_token[req.req_pool_idx, :end]
+            req.prefix_indices = row.to(dtype=torch.int64, copy=True)
+
+    def cache_finished_req(
+        self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int
+    ) -> None:
+        """Also runs for a request that is retracted or aborted."""
+        is_insert = is_insert and self.keeps(req)
+        last_node, depth = req.last_node, req.cache_protected_len
+        super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+        text = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle] if is_insert else None
+        self.left(req, last_node, depth, text)
+
+    # What `PinnedGroups` asks
+
+    def match(self, tokens: array[int], namespace: str | None, limit: int) -> tuple[TreeNode, int]:
+        key = RadixKey(token_ids=tokens, extra_key=namespace, limit=limit)
+        found = self.match_prefix(MatchPrefixParams(key=key))
+        return found.last_device_node, len(found.device_indices)
+
+    def hold(self, node: TreeNode) -> tuple[TreeNode, int]:
+        before = self.protected_size()
+        self.inc_lock_ref(node)
+        return node, self.protected_size() - before
+
+    def let_go(self, handle: TreeNode) -> TreeNode:
+        self.dec_lock_ref(handle)
+        return handle
+
+    def evict_first(self, node: TreeNode) -> None:
+        while node is not self.root_node and node.lock_ref == 0:
+            node.last_access_time = LONG_AGO
+            node = node.parent
+
+    def free_upwards(self, node: TreeNode, depth: int, keep: int) -> None:
+        while depth > keep and node.lock_ref == 0 and not node.children:
+            assert node.value is not None
+            self.token_to_kv_pool_allocator.free_segment(node.value, start_pos=0)
+            self._delete_leaf(node)
+            self._record_remove_event(node)
+            depth -= len(node.key)
+            node = node.parent

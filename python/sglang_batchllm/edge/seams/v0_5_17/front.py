@@ -1,0 +1,48 @@
+"""SGLang's front end: requests are sent at once, and answers looked up when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
+
+
+class SendingManager(TokenizerManager):
+    """A front end whose requests can be taken before they are sent."""
+
+    def takes(self, tokenized: Any) -> bool:
+        """Take a request that is ready for the scheduler; False has it sent."""
+        raise NotImplementedError
+
+    def sending_many(self) -> AbstractContextManager[None]:
+        """Around sending a list."""
+        raise NotImplementedError
+
+    def _send_one_request(self, tokenized_obj: Any) -> None:
+        if not self.takes(tokenized_obj):
+            super()._send_one_request(tokenized_obj)
+
+    def _send_batch_request(self, tokenized_objs: list[Any]) -> None:
+        with self.sending_many():
+            super()._send_batch_request(tokenized_objs)
+
+    async def send_list(self, tokenized: list[Any]) -> None:
+        self._send_batch_request(tokenized)
+
+    def stock_answers(self, obj: Any, request: Any, state: ReqState) -> AsyncIterator[Any]:
+        """SGLang's generator, which looks the state up once it is asked; by then it may be gone."""
+        view: Any = _StateView(self, {obj.rid: state})
+        return super()._wait_one_response.__func__(view, obj, request)  # type: ignore[attr-defined]
+
+
+class _StateView:
+    """The front end as it was when a request was sent."""
+
+    def __init__(self, manager: TokenizerManager, rid_to_state: dict[str, ReqState]):
+        self._manager = manager
+        self.rid_to_state = rid_to_state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)

@@ -1,0 +1,64 @@
+"""SGLang's scheduler and its requests."""
+
+from __future__ import annotations
+
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.scheduler import Scheduler
+
+
+class QueueingScheduler(Scheduler):
+    """A scheduler that tells what leaves its waiting queue."""
+
+    def departed(self, gone: set[Req]) -> None:
+        """These requests have left the waiting queue, and will not run."""
+        raise NotImplementedError
+
+    def refuse_waiting(self, req: Req) -> None:
+        """Answer for a request that is taken out of the waiting queue."""
+        gone = AbortReq(rid=req.rid)
+        self.ipc_channels.send_to_tokenizer.send_output(gone, req)  # type: ignore[arg-type]
+
+    def _abort_on_waiting_timeout(self) -> None:
+        before = self.waiting_queue
+        super()._abort_on_waiting_timeout()
+        if self.waiting_queue is not before:
+            self.departed(set(before).difference(self.waiting_queue))
+
+    def places(self, running_batch: ScheduleBatch) -> int:
+        """Requests that may join those that run."""
+        return self.get_num_allocatable_reqs(len(running_batch.reqs))
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return self.ps.tp_size
+
+
+def computed(req: Req) -> int:
+    """Prompt tokens that had slots before the request's present step."""
+    return len(req.prefix_indices)
+
+
+def step_of(req: Req) -> tuple[int, int]:
+    """The prompt tokens that the request's present step computes, from and to."""
+    assert req.extend_range is not None
+    return req.extend_range.start, req.extend_range.end
+
+
+def row_of(req: Req) -> int | None:
+    """The request's row in the request pool."""
+    return req.req_pool_idx
+
+
+def tree_tokens(req: Req) -> int:
+    """Tokens of it whose slots are the prefix cache's."""
+    return req.cache_protected_len
+
+
+def name_space(req: Req) -> None:
+    """Have ``extra_key`` tell whose KV the request may share; it does."""
+
+
+def is_beam(req: Req) -> bool:
+    """Whether the request is one of several beams; there are none."""
+    return False

@@ -1,0 +1,35 @@
+"""SGLang's front end: sending may wait, and answers know their request's state."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
+
+
+class SendingManager(TokenizerManager):
+    """A front end whose requests can be taken before they are sent."""
+
+    def takes(self, tokenized: Any) -> bool:
+        """Take a request that is ready for the scheduler; False has it sent."""
+        raise NotImplementedError
+
+    def sending_many(self) -> AbstractContextManager[None]:
+        """Around sending a list."""
+        raise NotImplementedError
+
+    async def _send_one_request(self, tokenized_obj: Any) -> None:
+        if not self.takes(tokenized_obj):
+            await super()._send_one_request(tokenized_obj)
+
+    async def _send_batch_request(self, tokenized_objs: list[Any]) -> None:
+        with self.sending_many():
+            await super()._send_batch_request(tokenized_objs)
+
+    async def send_list(self, tokenized: list[Any]) -> None:
+        await self._send_batch_request(tokenized)
+
+    def stock_answers(self, obj: Any, request: Any, state: ReqState) -> AsyncIterator[Any]:
+        return super()._wait_one_response(obj, request)

@@ -1,0 +1,1 @@
+"""Admission by memory: which waiting requests the KV pool can hold until they end."""

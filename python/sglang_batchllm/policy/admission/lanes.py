@@ -1,0 +1,108 @@
+"""Who goes first: kinds of requests take turns, so that none starves.
+
+Lists, gathered requests and single ones each have a lane; within one, the older goes first. One
+lane has the turn and is asked first. Its head is either taken, and the turn passes on, or does not
+fit: then nothing else is taken either, so that memory is saved up as others end, and the lane keeps
+its turn until its head is in. So once a request is the head of its lane, it waits at most until all
+that ran at that moment has ended, and then once more for the head of each of the two other lanes.
+
+Later turns of programs that have begun go before all lanes, since these hold memory until they end:
+whoever waits for that memory waits for them. A program that keeps it too long is dealt with in
+`texts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sglang_batchllm.policy.admission.forecast import MemoryForecast
+from sglang_batchllm.policy.admission.level import can_wait
+from sglang_batchllm.policy.admission.lookahead import Lookahead
+from sglang_batchllm.policy.batch import Batch, Member
+from sglang_batchllm.policy.intake import LANES, Intake, LaneName
+
+
+class Lanes:
+    """Chooses from an intake what the KV pool can hold until it ends; see `MemoryForecast`."""
+
+    def __init__(self, intake: Intake, capacity: int):
+        """capacity: tokens of the KV pool."""
+        self._intake = intake
+        self._capacity = capacity
+        self._turn: LaneName = LANES[0]
+
+    def choose(
+        self,
+        lookahead: Lookahead,
+        forecast: MemoryForecast,
+        pinned: int,
+        max_tokens: int,
+        max_requests: int,
+    ) -> list[Member]:
+        """Claim up to `max_requests` requests with about `max_tokens` tokens to prefill.
+
+        pinned: tokens held by pins. `started` must follow.
+        """
+        idle = lookahead.none_run
+        waiting = self._intake.batches_waiting()
+        reserve = max((b.largest_need(lookahead.shown(b)) for b in waiting), default=0)
+        chosen: list[Member] = []
+
+        def may_open(tokens: int, is_first: bool) -> bool:
+            # What stays pinned must leave room for any request to run alone; the first of all
+            # may always go when it has the pool to itself.
+            nonlocal pinned
+            alone = is_first and idle and not chosen
+            if not alone and pinned + tokens + reserve > self._capacity:
+                forecast.refused = True
+                return False
+            pinned += tokens
+            return True
+
+        def take(batches: Iterable[Batch]) -> None:
+            nonlocal max_tokens
+            for batch in batches:
+                room = max_requests - len(chosen)
+                if max_tokens <= 0 or room <= 0 or forecast.refused:
+                    return
+                if not can_wait(batch, lookahead):
+                    picked = batch.select(max_tokens, room, lookahead, may_open)
+                    chosen.extend(picked)
+                    max_tokens -= sum(map(batch.tokens_to_prefill, picked))
+
+        take(self._intake.later.batches())
+        for _ in LANES:
+            if self._intake.waits_in(self._turn):
+                break
+            self._pass_on()
+        turn = LANES.index(self._turn)
+        for lane in LANES[turn:] + LANES[:turn]:
+            if lane == "single":
+                room = max_requests - len(chosen)
+                picked = self._first_that_fit(max_tokens, room, lookahead, forecast)
+                chosen += picked
+                max_tokens -= sum(member.tokens for member in picked)
+            else:
+                take(self._intake.lane(lane).batches())
+        return chosen
+
+    def started(self, members: Iterable[Member]) -> None:
+        """These of the chosen ones are in the next prefill step."""
+        if any(self._intake.lane_of(member) == self._turn for member in members):
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        self._turn = LANES[(LANES.index(self._turn) + 1) % len(LANES)]
+
+    def _first_that_fit(
+        self, max_tokens: int, max_requests: int, lookahead: Lookahead, forecast: MemoryForecast
+    ) -> list[Member]:
+        picked: list[Member] = []
+        for member in self._intake.single():
+            if max_tokens <= 0 or len(picked) >= max_requests or forecast.refused:
+                break
+            if not lookahead.admit_alone(member):
+                break
+            picked.append(member)
+            max_tokens -= member.tokens
+        return picked

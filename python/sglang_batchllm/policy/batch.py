@@ -1,0 +1,317 @@
+"""Requests and what is noted about them; those that were planned together, their plan, and which of
+them wait."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from sglang_batchllm.planning import BatchPlan, plan_batch
+from sglang_batchllm.policy.admission.outputs import (
+    MAX_EXPECTED_OUTPUT,
+    OutputLengths,
+    expected_steps,
+    hinted_output,
+    most_output,
+)
+from sglang_batchllm.policy.pins import ROOT, PinnedTree
+from sglang_batchllm.policy.requests import Request, Turn
+from sglang_batchllm.policy.waiting import Waiting
+
+if TYPE_CHECKING:
+    from sglang_batchllm.policy.store import Store
+
+LONG = 4
+"""A request for which room is kept is taken to decode up to so many times what others show: one of
+a geometric length decodes more in 2% of cases."""
+
+_NUMBERS = itertools.count(1)
+_GROUP_IDS = itertools.count(1)
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """What is noted about a request from its arrival to its end.
+
+    turn: its part in a program, if any. batch: what it was planned with, None for one that is
+    scheduled by itself. index: its place in the batch's plan. home: its deepest shared node.
+    claimed: shared nodes that it is scheduled to compute and has not yet, top down. matched: prompt
+    tokens found in the cache when it was last scheduled. slot: its entry in `Running`, -1 unless it
+    holds KV.
+    """
+
+    request: Request
+    turn: Turn | None = None
+    batch: Batch | None = None
+    index: int = -1
+    home: int = 0
+    claimed: list[int] = field(default_factory=list)
+    matched: int = 0
+    slot: int = -1
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt and what has been decoded."""
+        return len(self.request.origin_input_ids) + len(self.request.output_ids)
+
+
+_ATTRIBUTE = "batchllm"
+
+
+def member_of(request: Request) -> Member | None:
+    """What is noted about a request that has arrived and not ended."""
+    return getattr(request, _ATTRIBUTE, None)
+
+
+def note(request: Request, turn: Turn | None = None) -> Member:
+    """Begin to note things about a request."""
+    member = Member(request, turn)
+    setattr(request, _ATTRIBUTE, member)
+    return member
+
+
+def forget(request: Request) -> None:
+    """The request has ended."""
+    delattr(request, _ATTRIBUTE)
+
+
+class Room(Protocol):
+    """Whether the KV pool has room for waiting requests; see `admission.lookahead.Lookahead`."""
+
+    def admit(self, member: Member, opened: int, next_position: int) -> bool: ...
+
+    def set_aside(self, member: Member, positions: range, waiting: int) -> bool: ...
+
+
+class Batch:
+    """The requests of one plan and the state of their shared prefixes.
+
+    number: increases from batch to batch.
+    name: the list's, if it was handed over with programs.
+    whole: handed over in one call, so that nobody waits for one of the requests alone.
+    later: they are later turns of programs.
+    continued: for each request whether its text stays in memory for a later turn, see
+        `texts.HeldTexts`.
+    members: in the order of the plan's indices; None once a request has ended.
+    order, position: the plan's, and each index's place in it.
+    waiting: by place in the order.
+    num_running, unfinished: requests that hold KV, and that have not ended.
+    outputs_differ: some requests are expected to decode longer than others, so that they may start
+        a few at a time (`admission.level`).
+    hints: each request's expected output by its caller, in tokens, or NaN. max_output: tokens that
+        each may decode. home: its deepest shared node, or ROOT. own_tokens: its prompt tokens below
+        that.
+    length_rows: of `OutputLengths`, the whole batch's and each index's.
+    subtree_end: for each tree node, the place in the order just after its last request.
+    page_slack: tokens that a request may hold beyond its own, by whole pages.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        store: Store,
+        page_size: int,
+        whole: bool,
+        lengths: OutputLengths,
+        parent_row: int,
+        count_pinned: Callable[[int], None],
+    ):
+        """parent_row: of `lengths`, for what is larger than the batch; -1 for nothing.
+        count_pinned: told how many tokens more are pinned, or fewer."""
+        self.number = next(_NUMBERS)
+        turns = [member.turn for member in members]
+        self.name = next((turn.batch for turn in turns if turn), "")
+        self.whole = whole
+        self.later = any(turn and turn.kind == "later" for turn in turns)
+        self.continued = np.array([bool(turn and turn.kind != "once") for turn in turns])
+        requests = [member.request for member in members]
+        self.hints = np.array([hinted_output(request.rid) for request in requests])
+        self.max_output = np.array([r.sampling_params.max_new_tokens or 0 for r in requests])
+        most = np.array([most_output(request) for request in requests])
+        outputs = np.fmin(self.hints, most).astype(np.int64)
+        self.plan: BatchPlan = plan_batch(
+            [request.origin_input_ids for request in requests],
+            page_size,
+            outputs,
+            namespaces=[request.extra_key for request in requests],
+        )
+        self.pins = PinnedTree(self.plan, store, count_pinned)
+        self.outputs_differ = bool(outputs.min() < outputs.max())
+        self.page_slack = page_size - 1
+        self._largest_prompt = int(self.plan.prompt_lens.max()) + page_size
+        hinted = ~np.isnan(self.hints)
+        self._largest_hinted = int(outputs[hinted].max()) if hinted.any() else 0
+        self._largest_output = int(outputs.max())
+
+        self.members: list[Member | None] = list(members)
+        for index, member in enumerate(members):
+            member.batch, member.index, member.home = self, index, self.pins.home[index]
+        self.home = np.array(self.pins.home)
+        self.own_tokens = self.plan.prompt_lens - np.array(self.pins.depth)[self.home]
+        self.order: list[int] = self.plan.order.tolist()
+        self.position = np.empty(len(members), np.int64)
+        self.position[self.plan.order] = np.arange(len(members))
+        self.waiting = Waiting(len(members))
+        self.num_running = 0
+        self.unfinished = len(members)
+        self._subtree_start, self.subtree_end = self._subtrees()
+        self._to_compute = np.concatenate(
+            [[0], np.cumsum(self.plan.to_compute[self.plan.order], dtype=np.int64)]
+        )
+
+        group_of = self.plan.group_of
+        self._group_of: list[int] = group_of.tolist()
+        self._group_prefix_lens: list[int] = self.plan.groups.prefix_len.tolist()
+        self._group_ids: dict[tuple[int, int], int] = {}
+        (own_row,) = lengths.take(parent_row)
+        group_rows = lengths.take(int(own_row), len(self._group_prefix_lens))
+        self._taken_rows = np.append(group_rows, own_row)
+        # The requests of no group tell of each other by the batch's own row (index -1).
+        self.length_row, self.length_rows = int(own_row), self._taken_rows[group_of]
+
+    def give_back_rows(self, lengths: OutputLengths) -> None:
+        lengths.give_back(self._taken_rows)
+
+    @property
+    def private(self) -> bool:
+        """Handed over whole, and nothing continues its texts: its KV is of no use to others that
+        are known."""
+        return self.whole and not self.continued.any()
+
+    def node_id(self, node: int) -> int:
+        """A name of the node that no other batch's node has."""
+        return (self.number << 32) + node
+
+    def enqueue(self, member: Member) -> None:
+        """The member waits to be scheduled: at first, or again after a retraction."""
+        self.waiting.add(int(self.position[member.index]))
+
+    def largest_need(self, shown: float) -> float:
+        """Tokens of the largest request, prompt and output. shown: what the others let expect of
+        an output."""
+        output = max(self._largest_hinted, LONG * shown)
+        return self._largest_prompt + min(self._largest_output, output)
+
+    def select(
+        self,
+        max_tokens: int,
+        max_requests: int,
+        room: Room,
+        may_open: Callable[[int, bool], bool],
+    ) -> list[Member]:
+        """Claim the next requests to prefill, in the plan's order; each must be either started or
+        given up (`unclaim`) after that.
+
+        A request is passed over for as long as another computes a prefix that it shares.
+        max_tokens: prompt tokens after which no further request is taken. The last one may be cut
+            by it, except to fill the last eighth of a step where requests start a few at a time:
+            what is left of it would take a step of its own.
+        room: whether a request finds it; selection ends where it does not.
+        may_open: told the tokens of new shared prefixes that a request would pin, and whether
+            it is the batch's first waiting request; selection ends where it says no.
+        """
+        chosen: list[Member] = []
+        nearly_full = max_tokens // 8 if self.outputs_differ else 0
+        first = place = self.waiting.first()
+        while place >= 0 and max_tokens > 0 and len(chosen) < max_requests:
+            member = self.members[self.order[place]]
+            assert member is not None
+            blocker, opened = self.pins.path_state(member)
+            if blocker != ROOT:
+                behind = range(place, self.subtree_end[blocker])
+                waiting = self.waiting.count_in(place, behind.stop)
+                if not room.set_aside(member, behind, waiting):
+                    break
+                place = self.waiting.first(behind.stop)
+                continue
+            tokens = self.tokens_past(member, member.home) + opened
+            if max_tokens < tokens and max_tokens <= nearly_full:
+                break
+            if opened and not may_open(opened, place == first):
+                break
+            following = self.waiting.first(place + 1)
+            if not room.admit(member, opened, following if following >= 0 else len(self.order)):
+                break
+            self.pins.claim(member)
+            self.pins.adopt(member)
+            max_tokens -= tokens
+            chosen.append(member)
+            place = following
+        return chosen
+
+    def tokens_to_prefill(self, member: Member) -> int:
+        """Tokens of a selected request that have no KV yet."""
+        node = self.pins.parent[member.claimed[0]] if member.claimed else member.home
+        return self.tokens_past(member, node)
+
+    def tokens_past(self, member: Member, node: int) -> int:
+        """Tokens of a request, prompt and output, after those of a tree node on its path."""
+        return member.tokens - self.pins.depth[node]
+
+    def start(self, member: Member) -> None:
+        """The request was scheduled for prefill."""
+        self.waiting.discard(int(self.position[member.index]))
+        self.num_running += 1
+
+    def has_waiting(self, node: int) -> bool:
+        """Whether a request at or below the tree node waits."""
+        return self.waiting.first(self._subtree_start[node], self.subtree_end[node]) >= 0
+
+    def tokens_to_compute(self, positions: range) -> int:
+        """Distinct prompt tokens that the requests at these places of the order add."""
+        return int(self._to_compute[positions.stop] - self._to_compute[positions.start])
+
+    def steps_of_waiting(self, shown: float) -> np.ndarray:
+        """Decode steps expected of each waiting request, float64[n]. shown: by what others show."""
+        index = self.plan.order[self.waiting.places()]
+        most = np.minimum(self.max_output[index], MAX_EXPECTED_OUTPUT)
+        return expected_steps(self.hints[index], 0, most, shown)
+
+    def attention_group(self, member: Member, shared: int) -> tuple[int, int]:
+        """An id for the member's group among all running ones, and the group's prefix tokens;
+        (0, 0) for none.
+
+        shared: leading prompt tokens whose KV slots the member has in common with the cache. It
+        can be less than the group's prefix, as for a request that computed its prompt's last
+        token itself although others share it.
+        """
+        group = self._group_of[member.index]
+        if group < 0 or shared < self._group_prefix_lens[group]:
+            return 0, 0
+        # A prefix that was given up and computed again has new slots, so its group is another.
+        key = (group, self.pins.times_relaxed)
+        if key not in self._group_ids:
+            self._group_ids[key] = next(_GROUP_IDS)
+        return self._group_ids[key], self._group_prefix_lens[group]
+
+    def stop(self, member: Member, was_running: bool) -> None:
+        """The request gave its KV back, and has not ended: it was retracted."""
+        self.pins.unclaim(member)
+        self.num_running -= was_running
+
+    def end(self, member: Member, was_running: bool, free: bool) -> None:
+        """The request is over, whether or not it ever ran. free: see `PinnedTree.finish`."""
+        self.waiting.discard(int(self.position[member.index]))
+        self.num_running -= was_running
+        self.pins.finish(member, free, last_use=self.whole)
+        self.unfinished -= 1
+        self.members[member.index] = None
+
+    def _subtrees(self) -> tuple[list[int], list[int]]:
+        """For each tree node, the places in the order of its first request and just after its
+        last."""
+        tree = self.plan.tree
+        starts = np.full(tree.num_nodes, len(self.order), np.int64)
+        ends = np.zeros(tree.num_nodes, np.int64)
+        np.minimum.at(starts, tree.request_node, self.position)
+        np.maximum.at(ends, tree.request_node, self.position + 1)
+        first, last = starts.tolist(), ends.tolist()
+        for node in range(tree.num_nodes - 1, 0, -1):
+            up = self.pins.parent[node]
+            first[up] = min(first[up], first[node])
+            last[up] = max(last[up], last[node])
+        return first, last

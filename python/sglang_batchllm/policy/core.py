@@ -1,0 +1,391 @@
+"""The one object that a scheduler asks, each step, what runs next.
+
+A step: `choose` says which waiting requests the next prefill may take; the engine builds a batch of
+them as far as it can, and `launched` says which are in it. `ended` follows when a request gives its
+KV back. The real scheduler, the simulator and the tests drive it the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+from sglang_batchllm.policy.admission.forecast import MemoryForecast
+from sglang_batchllm.policy.admission.lanes import Lanes
+from sglang_batchllm.policy.admission.lookahead import Lookahead
+from sglang_batchllm.policy.admission.outputs import OutputLengths, hinted_output
+from sglang_batchllm.policy.admission.running import Running
+from sglang_batchllm.policy.batch import Batch, Member, forget, member_of, note
+from sglang_batchllm.policy.intake import Intake
+from sglang_batchllm.policy.ledger import Ledger
+from sglang_batchllm.policy.pins import ROOT
+from sglang_batchllm.policy.requests import End, Request, Turn
+from sglang_batchllm.policy.store import Store
+from sglang_batchllm.policy.texts import HeldTexts
+
+IDLE_SECONDS = 0.05
+"""Where nothing runs because texts that wait for their next turn hold the KV, one is given up each
+time that this much has passed."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the engine. capacity: tokens of the KV pool. chunk: prompt tokens of a prefill step.
+    gather_seconds: how long a lone request waits at most for others. mixes: requests may decode in
+    a step that prefills."""
+
+    capacity: int
+    page_size: int
+    chunk: int
+    gather_seconds: float
+    mixes: bool = False
+
+
+class Arrival(NamedTuple):
+    """A request that comes in. turn: its part in a program that was handed over. shareable: whether
+    equal token ids mean equal KV for it, and it is neither invalid nor aborted already."""
+
+    request: Request
+    turn: Turn | None
+    shareable: bool
+
+
+@dataclass(frozen=True)
+class View:
+    """What the engine sees before a step.
+
+    decoding: requests that decode. decode_tokens: KV tokens that their next step takes. available:
+    KV tokens that are free or can be evicted. max_requests: that may be added. chunk_left: prompt
+    tokens still to compute of the request that is prefilled in chunks. stepped: a forward step has
+    run since the last choice. full: nothing was to be added until a request has ended, and none
+    has.
+    """
+
+    decoding: int
+    decode_tokens: int
+    available: int
+    max_requests: int
+    chunk_left: int
+    stepped: bool
+    full: bool
+
+
+@dataclass
+class Decision:
+    """requests: to prefill, in this order. mixed: those that decode may do so in the same step.
+    full: nothing is to be added until a request has ended."""
+
+    requests: list[Any] = field(default_factory=list)  # of the engine's own class
+    mixed: bool = False
+    full: bool = False
+
+
+class BatchPolicy:
+    """Plans what arrives, chooses what runs, and holds the prefixes and texts that will be used.
+
+    texts: of programs, held between their turns.
+    """
+
+    def __init__(self, store: Store, limits: Limits, agree: Callable[[T], T] = lambda value: value):
+        """agree: makes a value that depends on this process's clock the same in all ranks."""
+        self._store = store
+        self._limits = limits
+        self._agree: Callable[[Any], Any] = agree
+        self._lengths = OutputLengths()
+        (self._gathered_row,) = self._lengths.take(-1).tolist()
+        self._running = Running()
+        self._intake = Intake(self._plan, limits.gather_seconds, self._agree)
+        self._lanes = Lanes(self._intake, limits.capacity)
+        self.texts = HeldTexts(store)
+        self._ledger = Ledger(limits.page_size)
+        self._chosen: list[Member] = []
+        self._look_again = False  # although nothing has ended
+        self._pressed = False  # memory keeps somebody out
+        self._last_step = 0.0
+
+    # Arrivals
+
+    def list_arrived(self, arrivals: Sequence[Arrival], queued: Iterable[Request]) -> None:
+        """The requests of one call, to be planned together.
+
+        queued: those of them that can run; the grammar of the others is being compiled, and they
+        arrive later. A list of one is no batch, and counts as a lone request.
+        """
+        members = [self._note(arrival) for arrival in arrivals]
+        together = [
+            member for member, arrival in zip(members, arrivals, strict=True) if arrival.shareable
+        ]
+        for member in members:
+            if member.turn is not None and member.turn.kind == "first":
+                self.texts.expect(member.turn.batch)
+        if len(together) > 1:
+            self._plan(together, True)
+        shareable = {id(member) for member in together}
+        for request in queued:
+            member = member_of(request)
+            assert member is not None
+            self._intake.arrive(member, id(member) in shareable)
+
+    def arrived(self, arrival: Arrival) -> None:
+        """A request is to be scheduled: new, or back after a retraction."""
+        member = member_of(arrival.request)
+        if member is not None and member.batch is not None and not arrival.shareable:
+            self.ended(arrival.request, "abort")  # the engine still runs it, but for the record
+            member = None
+        if member is None:
+            member = self._note(arrival)
+        self._intake.arrive(member, arrival.shareable)
+        self._look_again |= bool(self.texts)
+
+    def departed(self, requests: Iterable[Request]) -> None:
+        """Requests do not wait any more, and have not run: aborted, or timed out."""
+        for request in requests:
+            self.ended(request, "abort")
+
+    def _note(self, arrival: Arrival) -> Member:
+        self._ledger.arrived(arrival.request)
+        return note(arrival.request, arrival.turn)
+
+    def _plan(self, members: Sequence[Member], whole: bool) -> Batch:
+        batch = Batch(
+            members,
+            self._store,
+            self._limits.page_size,
+            whole,
+            self._lengths,
+            -1 if whole else self._gathered_row,
+            self._ledger.pinned,
+        )
+        self._ledger.planned(batch)
+        return batch
+
+    @property
+    def pinned_tokens(self) -> int:
+        """Tokens held by pins, of all batches."""
+        return self._ledger.pinned_tokens
+
+    # Programs
+
+    def release_texts(self, batch: str, programs: Mapping[int, bool] | None) -> None:
+        """These programs of a list send no more requests, or none of it does; see
+        `HeldTexts.release`."""
+        self.texts.release(batch, programs)
+        if not self.texts.goes_on(batch):
+            for one in self._ledger.lists:
+                if one.name == batch:
+                    one.continued[:] = False
+                    self._running.kept[self._running.batch == one.number] = False
+        self._look_again = True
+
+    def forget_cached(self) -> None:
+        """The cache was flushed."""
+        self.texts = HeldTexts(self._store)
+
+    # A step
+
+    def choose(self, view: View) -> Decision:
+        """Claim the requests that the next prefill may take; `launched` must follow."""
+        self._ledger.kv_in_use(self._limits.capacity - view.available)
+        self._give_up_idle_texts(view)
+        full = view.full and not self._look_again
+        self._look_again = False
+        decision = Decision(full=full)
+        if self._intake.waits and not full:
+            self._chosen, refused = self._choose(view)
+            decision.requests = [member.request for member in self._chosen]
+            self._pressed = refused
+            expired = 0
+            if refused and self.texts:
+                expired = self._agree(self.texts.num_expired())
+                self.texts.release_oldest(expired)
+            if refused and not self._chosen and not expired and not self._intake.gathering:
+                decision.full = len(self._running) > 0
+        elif not self._intake.waits:
+            self._pressed = False
+        decision.mixed = self._limits.mixes and self._may_mix(view)
+        return decision
+
+    def _choose(self, view: View) -> tuple[list[Member], bool]:
+        self._intake.close_gatherings()
+        used = self._limits.capacity - view.available + view.chunk_left
+        forecast = MemoryForecast(self._limits.capacity, used)
+        lookahead = Lookahead(
+            self._running,
+            self._lengths,
+            forecast,
+            self._intake.batches_waiting(),
+            self._gathered_row,
+        )
+        chosen = self._lanes.choose(
+            lookahead,
+            forecast,
+            self.pinned_tokens,
+            self._limits.chunk - view.chunk_left,
+            view.max_requests,
+        )
+        return chosen, forecast.refused
+
+    def _give_up_idle_texts(self, view: View) -> None:
+        """Where held texts keep everything else from running, they go one by one."""
+        now = time.monotonic()
+        if view.stepped or view.decoding:
+            self._last_step = now
+        elif (
+            self.texts and self._intake.waits and self._agree(now - self._last_step > IDLE_SECONDS)
+        ):
+            self.texts.release_oldest()
+            self._last_step = now
+
+    def _may_mix(self, view: View) -> bool:
+        """SGLang retracts only in steps without prefill, so memory must suffice for both parts."""
+        if not view.decoding:
+            return False
+        tokens = view.chunk_left + sum(map(tokens_to_prefill, self._chosen))
+        slack = self._limits.page_size * (len(self._chosen) + 1)
+        return view.available >= min(tokens, self._limits.chunk) + slack + view.decode_tokens
+
+    def launched(self, prefilled: Sequence[tuple[Request, int]], idle: bool) -> None:
+        """The next step prefills these requests, if any, each of which had so many prompt tokens in
+        the cache; others that were chosen still wait.
+
+        idle: nothing else runs either.
+        """
+        chosen, self._chosen = self._chosen, []
+        members: list[Member] = []
+        for request, matched in prefilled:
+            member = member_of(request)
+            if member is not None:
+                members.append(member)
+                if member.slot < 0:
+                    member.matched = matched
+                    self._start(member)
+        for member in chosen:
+            if member.slot < 0 and member.batch is not None:
+                member.batch.pins.unclaim(member)
+        self._lanes.started(member for member in chosen if member.slot >= 0)
+        for member in members:
+            if member.claimed and member.batch is not None:
+                member.batch.pins.publish(member, self._store.publish(member.request))
+                self._ledger.published(member.batch)
+        if chosen and not prefilled and idle and not self.texts:
+            self._give_up_pins(chosen[0])
+
+    def _start(self, member: Member) -> None:
+        batch, request = member.batch, member.request
+        if batch is None:
+            self._intake.depart(member)
+            self._running.add(
+                member,
+                hint=hinted_output(request.rid),
+                max_output=request.sampling_params.max_new_tokens or 0,
+                own=len(request.origin_input_ids),
+                row=self._gathered_row,
+                batch=-1,
+                home=-1,
+                home_depth=0,
+                kept=False,
+                at_root=False,
+            )
+            return
+        batch.start(member)
+        index, home = member.index, member.home
+        self._running.add(
+            member,
+            hint=batch.hints[index],
+            max_output=batch.max_output[index],
+            own=batch.own_tokens[index],
+            row=batch.length_rows[index],
+            batch=batch.number,
+            home=batch.node_id(home) if home != ROOT else -1,
+            home_depth=batch.pins.depth[home],
+            kept=batch.continued[index],
+            at_root=batch.pins.parent[home] == ROOT,
+        )
+
+    def make_room(self, fits: Callable[[], bool], decoding: Sequence[Request]) -> None:
+        """Let go of what is held until the next decode step fits, before the engine retracts
+        requests. decoding: those that are in it."""
+        while self.texts and not fits():
+            self.texts.release_oldest()
+        # SGLang retracts requests until the rest fits, but has to abort the last one.
+        if len(decoding) == 1 and not fits():
+            self._give_up_pins(member_of(decoding[0]))
+
+    def _give_up_pins(self, member: Member | None) -> None:
+        """Let go of every pin that the request does not need, since it could not run otherwise."""
+        batches = {batch.number: batch for batch in self._intake.batches_waiting()}
+        batches |= {batch.number: batch for batch in self._ledger.lists}
+        for other in self._running.members:
+            if other.batch is not None:
+                batches[other.batch.number] = other.batch
+        for batch in batches.values():
+            mine = member if member is not None and member.batch is batch else None
+            self._ledger.relaxed(batch, batch.pins.relax(mine))
+
+    # Ends
+
+    def keeps(self, request: Request) -> bool:
+        """Whether the KV of a request that ends is to stay in the cache, first to be evicted.
+
+        Of a list that was handed over whole nobody is known to need it, so it stays only while
+        memory keeps nobody out.
+        """
+        member = member_of(request)
+        if member is None or member.batch is None or not member.batch.private:
+            return True
+        return not self._pressed
+
+    def ended(self, request: Request, end: End | None, text: array[int] | None = None) -> None:
+        """The request has given its KV back, if it had any: it has ended, or (None) was retracted.
+
+        text: its token ids, prompt and output, as far as they are cached now.
+        """
+        member = member_of(request)
+        if member is None:
+            return
+        ran = member.slot >= 0
+        self._running.remove(member)
+        batch = member.batch
+        if end is None:
+            self._ledger.retracted(batch)
+            if batch is not None:
+                batch.stop(member, ran)
+            return
+        turn = member.turn
+        if text is not None and turn is not None and turn.kind != "once" and end != "abort":
+            self.texts.hold(turn, text, request.extra_key)
+        if request.output_ids:
+            row = self._gathered_row if batch is None else int(batch.length_rows[member.index])
+            self._lengths.add(row, end, len(request.output_ids))
+        self._ledger.ended(request, end, batch)
+        if batch is None:
+            self._intake.depart(member)
+        else:
+            batch.end(member, ran, free=batch.private and self._pressed)
+            if not batch.unfinished:
+                batch.give_back_rows(self._lengths)
+                self._ledger.retired(batch)
+        forget(request)
+
+    # What others ask
+
+    def attention_group(self, request: Request, shared: int) -> tuple[int, int]:
+        """See `Batch.attention_group`."""
+        member = member_of(request)
+        if member is None or member.batch is None:
+            return 0, 0
+        return member.batch.attention_group(member, shared)
+
+    def report(self) -> dict[str, Any]:
+        """See `Ledger.report`."""
+        return self._ledger.report()
+
+
+def tokens_to_prefill(member: Member) -> int:
+    """Tokens of a chosen request that have no KV yet; for one without a plan, at most."""
+    return member.tokens if member.batch is None else member.batch.tokens_to_prefill(member)
