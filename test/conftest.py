@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from engines import (
     AMPLE,
@@ -17,6 +18,7 @@ from engines import (
     SERVER_PAGE_SIZE,
     VOCAB_SIZE,
     Server,
+    abort_in_prefill,
     record_last_layer,
 )
 from steps import record_steps
@@ -27,6 +29,17 @@ os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE"] = "1"
 os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for more to pay
+
+# Other examples in every run, in CI too, where hypothesis by itself would repeat the same ones; a
+# failure prints what reproduces it. A machine may be slow, so no example has a deadline.
+settings.register_profile(
+    "explore",
+    derandomize=False,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("explore")
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +78,23 @@ def engine(tiny_model: Path, starting_server: Server) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def scarce_engine(tiny_model: Path) -> Iterator[Any]:
+def aborted_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Which requests of the scarce engine were aborted half-way through their prefill."""
+    return tmp_path_factory.mktemp("aborted") / "aborted"
+
+
+@pytest.fixture(scope="session")
+def scarce_engine(tiny_model: Path, aborted_file: Path) -> Iterator[Any]:
     """KV for a few requests only, chunks shorter than most prompts, prefix-shared attention."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    class AbortingEngine(Engine):
+        pass
+
+    abort_in_prefill(AbortingEngine, aborted_file)
     yield from _engine(
         tiny_model,
+        AbortingEngine,
         batchllm=True,
         batchllm_attention="fused",
         max_total_tokens=SCARCE,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import requests
 
-from sglang_batchllm.frontend.report import get_report
+from processes import in_scheduler, stock_scheduler
+from sglang_batchllm.client.get_report import get_report
 
 API_KEY = "test-key"
 VOCAB_SIZE = 512
@@ -27,14 +27,10 @@ SERVER_PAGE_SIZE = 16
 def record_last_layer(engine_class: Any, path: Path) -> None:
     """Engines made from `engine_class` from now on write to `path`, a line per forward step, how
     many rows reach the MLP of the model's last layer."""
-    engine_class.run_scheduler_process_func = staticmethod(
-        functools.partial(
-            _recorded_scheduler_process, engine_class.run_scheduler_process_func, path
-        )
-    )
+    in_scheduler(engine_class, _record_last_layer, path)
 
 
-def _recorded_scheduler_process(inner: Callable[..., Any], path: Path, *args: Any, **kw: Any):
+def _record_last_layer(path: Path) -> None:
     from sglang.srt.managers.scheduler import Scheduler
 
     prepare = Scheduler.init_schedule_policy
@@ -46,7 +42,37 @@ def _recorded_scheduler_process(inner: Callable[..., Any], path: Path, *args: An
         mlp.register_forward_pre_hook(lambda _, args: print(args[0].shape[0], file=file))
 
     Scheduler.init_schedule_policy = record
-    inner(*args, **kw)
+
+
+ABORTED_IN_PREFILL = {"custom_params": {"abort_in_prefill": True}}
+"""Among a request's sampling parameters: abort it as soon as a part of its prompt is computed."""
+
+
+def abort_in_prefill(engine_class: Any, path: Path) -> None:
+    """In engines made from `engine_class` from now on, requests of ABORTED_IN_PREFILL are aborted
+    when they are caught half-way; their ids go to `path`, a line for each, with the tokens that
+    were computed of their prompts."""
+    in_scheduler(engine_class, _abort_in_prefill, path)
+
+
+def _abort_in_prefill(path: Path) -> None:
+    from sglang.srt.managers.io_struct import AbortReq
+
+    from sglang_batchllm.edge import seams
+
+    step_of = seams.load("scheduler").step_of
+    scheduler = stock_scheduler()
+    choose = scheduler.get_next_batch_to_run
+    file = path.open("w", buffering=1)
+
+    def abort_and_choose(self: Any, *args: Any, **kwargs: Any) -> Any:
+        req = self.chunked_req
+        if req is not None and (req.sampling_params.custom_params or {}).get("abort_in_prefill"):
+            print(req.rid, step_of(req)[1], file=file)
+            self.abort_request(AbortReq(rid=req.rid))
+        return choose(self, *args, **kwargs)
+
+    scheduler.get_next_batch_to_run = abort_and_choose
 
 
 class Server:

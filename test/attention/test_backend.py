@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache import memory_pool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from cases import Batch, make_batch, relative_error
-from sglang_batchllm.attention import create_batchllm_backend, get_group_table
-from sglang_batchllm.attention.backend import BatchLLMAttnBackend
-from sglang_batchllm.attention.mixed import select_backend
+from sglang_batchllm.attention import get_group_table
+from sglang_batchllm.edge.attention_backend import BatchLLMAttnBackend, create_batchllm_backend
+from sglang_batchllm.edge.mixed import select_backend
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
@@ -24,9 +26,10 @@ class MHATokenToKVPool:
     """As much of SGLang's pool as a backend touches."""
 
     kv_cache_layout = "nhd"
+    is_quantized_kv_cache = False
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.k, self.v, self.size = k, v, k.shape[0]
+        self.k, self.v, self.size, self.dtype = k, v, k.shape[0], k.dtype
 
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.k, self.v
@@ -62,7 +65,10 @@ def make_layer(**options: Any) -> RadixAttention:
 def make_runner(batch: Batch, layers: list[RadixAttention], **flags: Any) -> Any:
     return SimpleNamespace(
         server_args=SimpleNamespace(
-            get_attention_backends=lambda: ("torch_native", "batchllm"),
+            get_attention_backends=lambda: (flags.get("prefill", "torch_native"), "batchllm"),
+            prefill_attention_backend=flags.get("prefill", "torch_native"),
+            decode_attention_backend="batchllm",
+            attention_backend=None,
             speculative_algorithm=flags.get("speculative_algorithm"),
             enable_deterministic_inference=False,
             dcp_size=1,
@@ -95,14 +101,15 @@ def decode(backend: Any, layer: RadixAttention, batch: Batch, **kwargs: Any) -> 
     k, v = batch.k_cache[step.out_cache_loc], batch.v_cache[step.out_cache_loc]
     batch.k_cache[step.out_cache_loc] = torch.nan
     backend.init_forward_metadata(step)
-    out = backend.forward_decode(
-        batch.q.flatten(1), k.flatten(1), v.flatten(1), layer, step, **kwargs
-    )
+    out = backend.forward_decode(batch.q.flatten(1), k, v, layer, step, **kwargs)
     return out.view(batch.q.shape)
 
 
 def make(batch: Batch, layers: list[RadixAttention], **flags: Any) -> Any:
-    runner = make_runner(batch, layers, **flags)
+    return make_from(make_runner(batch, layers, **flags), batch)
+
+
+def make_from(runner: Any, batch: Batch) -> Any:
     table = get_group_table(runner.req_to_token_pool)
     assert table is not None
     rows = range(len(batch.group_id))
@@ -121,7 +128,7 @@ def test_decode_with_groups(batch: Batch) -> None:
     assert isinstance(backend, BatchLLMAttnBackend)
     out = decode(backend, layer, batch)
     assert relative_error(out, batch.reference()) < 1e-5
-    native = decode(backend.native, layer, batch)
+    native = decode(TorchNativeAttnBackend(make_runner(batch, [layer])), layer, batch)
     torch.testing.assert_close(out, native, rtol=1e-4, atol=1e-5)
 
 
@@ -162,8 +169,10 @@ def test_unknown_arguments_are_refused(batch: Batch) -> None:
 
 
 def test_extend_is_the_native_backend(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``--attention-backend batchllm`` has it: no hybrid backend, and so no other prefill."""
     layer = make_layer()
-    backend = make(batch, [layer])
+    backend = make(batch, [layer], prefill="batchllm")
+    assert isinstance(backend.native, TorchNativeAttnBackend)
     seen: list[Any] = []
     monkeypatch.setattr(backend.native, "forward_extend", lambda *a, **k: seen.append((a, k)))
     monkeypatch.setattr(backend.native, "init_forward_metadata", seen.append)
@@ -176,9 +185,27 @@ def test_extend_is_the_native_backend(batch: Batch, monkeypatch: pytest.MonkeyPa
 def test_mixed_batches_share_in_their_decoding_part(
     batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two requests prefill 5 and 3 tokens, the others decode."""
     layer = make_layer()
     backend = make(batch, [layer])
+    backend.share_prefill_backend(TorchNativeAttnBackend(make_runner(batch, [layer])))
+    step, q = make_mixed_step(batch)
+    slots = step.out_cache_loc
+    k, v = batch.k_cache[slots], batch.v_cache[slots]
+    expected = backend.native.forward_extend(q.flatten(1), k, v, layer, step)
+    batch.k_cache[slots] = torch.nan
+    decoded: list[int] = []
+    decode_part = backend._decode
+    monkeypatch.setattr(
+        backend, "_decode", lambda q, *a: (decoded.append(len(q)), decode_part(q, *a))
+    )
+    backend.init_forward_metadata(step)
+    out = backend.forward_extend(q.flatten(1), k, v, layer, step)
+    assert decoded == [len(step.seq_lens) - 2]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def make_mixed_step(batch: Batch) -> tuple[Any, torch.Tensor]:
+    """Two requests prefill 5 and 3 tokens, the others decode; and queries for them."""
     rows, lens = batch.rows, batch.seq_lens
     order = torch.argsort(lens, descending=True)  # the two longest, in different groups or not
     rows, lens = rows[order], lens[order]
@@ -200,28 +227,96 @@ def test_mixed_batches_share_in_their_decoding_part(
         encoder_lens=None,
         out_cache_loc=slots,
     )
-    k, v = batch.k_cache[slots], batch.v_cache[slots]
-    expected = backend.native.forward_extend(q.flatten(1), k, v, layer, step)
-    batch.k_cache[slots] = torch.nan
-    decoded: list[int] = []
-    decode_part = backend._decode
+    return step, q
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float8_e4m3fn, 2e-1)],
+)
+def test_kv_scales_count_where_writing_divided(
+    batch: Batch, cache_dtype: torch.dtype, tolerance: float
+) -> None:
+    """SGLang's pool divides only what it converts; a float32 model's cache may be float32."""
+    backend, layer = make_scaled(batch, cache_dtype)
+    expected = batch.reference()
+    out = decode(backend, layer, batch)
+    assert relative_error(out, expected) < tolerance
+
+
+def test_prefill_of_a_mixed_batch_sees_k_and_v_as_they_are(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, layer = make_scaled(batch, torch.float8_e4m3fn)
+    backend.share_prefill_backend(TorchNativeAttnBackend(make_runner(batch, [layer])))
+    seen: list[torch.Tensor] = []
     monkeypatch.setattr(
-        backend, "_decode", lambda q, *a: (decoded.append(len(q)), decode_part(q, *a))
+        backend.native, "forward_extend", lambda q, k, v, *a, **kw: (seen.extend((k, v)), q)[1]
     )
+    step, q = make_mixed_step(batch)
+    k, v = torch.randn(2, len(q), KV_HEADS, DIM)
+    k_before, v_before = k[:8].clone(), v[:8].clone()
     backend.init_forward_metadata(step)
-    out = backend.forward_extend(q.flatten(1), k, v, layer, step)
-    assert decoded == [len(rows) - 2]
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    backend.forward_extend(q.flatten(1), k, v, layer, step)
+    assert torch.equal(seen[0], k_before) and torch.equal(seen[1], v_before)
+
+
+def make_scaled(batch: Batch, cache_dtype: torch.dtype) -> tuple[Any, RadixAttention]:
+    """A backend over SGLang's own pool, which the batch was written to with scales."""
+    layer = make_layer()
+    layer.k_scale = torch.nn.Parameter(torch.tensor(0.25), requires_grad=False)
+    layer.v_scale = torch.nn.Parameter(torch.tensor(4.0), requires_grad=False)
+    layer.k_scale_float, layer.v_scale_float = 0.25, 4.0
+    slots = len(batch.k_cache)
+    runner = make_runner(batch, [layer])
+    pool = memory_pool.MHATokenToKVPool(
+        slots, 1, cache_dtype, KV_HEADS, DIM, 1, "cpu", enable_memory_saver=False
+    )
+    pool.set_kv_buffer(
+        layer,
+        memory_pool.KVWriteLoc(torch.arange(slots)),
+        batch.k_cache.clone(),
+        batch.v_cache.clone(),
+        layer.k_scale,
+        layer.v_scale,
+    )
+    runner.token_to_kv_pool = pool
+    return make_from(runner, batch), layer
+
+
+def test_a_native_backend_is_built_only_where_it_is_used(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+
+    def build(runner: Any) -> Any:
+        built.append("native")
+        return TorchNativeAttnBackend(runner)
+
+    monkeypatch.setitem(ATTENTION_BACKENDS, "torch_native", build)
+    backend = make(batch, [make_layer()])
+    decode(backend, make_layer(), batch)
+    prefill = TorchNativeAttnBackend(make_runner(batch, []))
+    hybrid: Any = SimpleNamespace(decode_backend=backend, prefill_backend=prefill)
+    assert select_backend(None, hybrid, ForwardMode.MIXED) is backend
+    assert backend.native is prefill
+    assert not built
+    own = make(batch, [make_layer(), make_layer(sliding_window_size=4)])
+    assert built == ["native"]
+    own.share_prefill_backend(prefill)
+    assert own.native is not prefill
 
 
 def test_hybrid_backends_send_mixed_batches_to_the_sharing_one() -> None:
-    sharing = SimpleNamespace(takes_mixed=True)
-    hybrid: Any = SimpleNamespace(decode_backend=sharing)
+    shared: list[str] = []
+    sharing = SimpleNamespace(takes_mixed=True, share_prefill_backend=shared.append)
+    hybrid: Any = SimpleNamespace(decode_backend=sharing, prefill_backend="prefill")
 
     def stock_rule(hybrid: Any, mode: ForwardMode) -> str:
         return "stock"
 
     assert select_backend(stock_rule, hybrid, ForwardMode.MIXED) is sharing
+    assert shared == ["prefill"]
     assert select_backend(stock_rule, hybrid, ForwardMode.EXTEND) == "stock"
     sharing.takes_mixed = False
     assert select_backend(stock_rule, hybrid, ForwardMode.MIXED) == "stock"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_batchllm.attention.queries import COPYING_BACKENDS, packed
+from sglang_batchllm.edge.queries import COPYING_BACKENDS, packed
 
 QKV = torch.arange(37 * 96, dtype=torch.float32).reshape(37, 96)
 

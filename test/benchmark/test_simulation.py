@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from cost_model import CostModel, Work, fit
-from engine_model import EngineModel, Policy
-from sglang_batchllm.runtime import level
+from engine_model import Policy, list_model
+from sglang_batchllm.policy.admission import level
 from steps import Step
 
 POLICIES = [Policy(chunk, mixed) for chunk in (64, 256) for mixed in (False, True)]
@@ -45,25 +45,25 @@ def make_batch(seed: int) -> tuple[list[list[int]], list[int]]:
 def test_everything_finishes_within_memory(policy, seed):
     prompts, outputs = make_batch(seed)
     for capacity in (400, 1000, 100_000):
-        engine = EngineModel(prompts, outputs, capacity, policy)
+        engine, requests = list_model(prompts, outputs, capacity, policy)
         works = engine.run()
-        assert all(request.finished() for request in engine.requests)
-        assert [len(request.output_ids) for request in engine.requests] == outputs
+        assert all(request.end == "length" for request in requests)
+        assert [len(request.output_ids) for request in requests] == outputs
         assert max(work.kv_used for work in works) <= capacity
         assert max(work.prefill_tokens for work in works) <= policy.chunk
         assert (engine.pool.used, engine.pool.available) == (0, capacity)
-        report = engine.batch.report
+        (report,) = engine.policy.report()["batches"]
         computed = sum(work.prefill_tokens for work in works)
-        if report.retractions or report.relaxed_tokens:
-            assert computed >= report.distinct_tokens
+        if report["retractions"] or report["relaxed_tokens"]:
+            assert computed >= report["distinct_tokens"]
         else:
-            assert computed == report.distinct_tokens
+            assert computed == report["distinct_tokens"] == report["computed_tokens"]
 
 
 def test_decode_rows_ride_along_only_when_mixed():
     prompts, outputs = make_batch(0)
     for mixed in (False, True):
-        works = EngineModel(prompts, outputs, 100_000, Policy(64, mixed)).run()
+        works = list_model(prompts, outputs, 100_000, Policy(64, mixed))[0].run()
         assert any(work.prefill_tokens and work.decode_requests for work in works) == mixed
 
 
@@ -71,7 +71,7 @@ def test_decode_rows_ride_along_only_when_mixed():
 def test_more_memory_is_not_slower(policy):
     prompts, outputs = make_batch(1)
     seconds = [
-        MODEL.seconds(EngineModel(prompts, outputs, capacity, policy).run(), 256, 0)
+        MODEL.seconds(list_model(prompts, outputs, capacity, policy)[0].run(), 256, 0)
         for capacity in (400, 800, 1600, 100_000)
     ]
     for less, more in pairwise(seconds):
@@ -85,7 +85,7 @@ def decode_rows(outputs: list[int]) -> tuple[list[int], float]:
     for group in range(25):
         prefix = [group] * 300
         prompts += [prefix + [1000 + rng.randrange(1000) for _ in range(20)] for _ in range(16)]
-    works = EngineModel(prompts, outputs, 100_000, Policy(2048)).run()
+    works = list_model(prompts, outputs, 100_000, Policy(2048))[0].run()
     return [w.decode_requests for w in works if not w.prefill_tokens], MODEL.seconds(works, 1024, 0)
 
 
@@ -108,7 +108,7 @@ def test_outputs_of_one_length_start_at_once():
 
 def test_a_shared_prefix_is_read_once_by_its_group():
     prompts = [[1] * 50 + [number] for number in range(2, 6)]
-    works = EngineModel(prompts, [5] * 4, 10_000, Policy()).run()
+    works = list_model(prompts, [5] * 4, 10_000, Policy())[0].run()
     last = works[-1]
     assert last.decode_requests == 4
     assert last.context - last.unique_kv == 3 * 50
@@ -123,7 +123,7 @@ def test_the_cost_model_is_found_again():
             shared = rng.choices(range(9000), k=prefix)
             prompts += [shared + rng.choices(range(9000), k=suffix) for _ in range(members)]
         outputs = [rng.randint(20, 200) for _ in prompts]
-        works = EngineModel(prompts, outputs, 1_000_000, Policy(4096)).run()
+        works = list_model(prompts, outputs, 1_000_000, Policy(4096))[0].run()
         ends = MODEL.ends(works, 1024)
         starts = [0.0, 0.014, *ends[:-2]]  # a step is launched when the last but one is done
         steps = [

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import combinations
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from sglang_batchllm.planning import BatchPlan, PrefixTree
 
 Prompt = Sequence[int]
+
+thorough = settings(max_examples=400)
+"""For properties of small prompts, which cost little."""
 
 
 @st.composite

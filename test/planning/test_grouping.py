@@ -13,6 +13,7 @@ from planning_references import (
     greedy_savings,
     group_savings,
     literal_dp,
+    thorough,
 )
 from sglang_batchllm.planning import BatchPlan, PrefixTree, plan_batch
 from sglang_batchllm.planning.grouping import choose_groups, usable_depth
@@ -38,6 +39,7 @@ def check_groups_are_consistent(plan: BatchPlan) -> None:
     assert list(dict.fromkeys(in_order[in_order >= 0].tolist())) == list(range(len(groups.size)))
 
 
+@thorough
 @given(batches(), PAGE_SIZES)
 def test_savings_equal_the_best_of_all_choices(prompts: list[list[int]], page_size: int) -> None:
     best = best_savings(prompts, page_size)
@@ -47,6 +49,7 @@ def test_savings_equal_the_best_of_all_choices(prompts: list[list[int]], page_si
     assert (group_savings(plan), plan.report.groups) == best
 
 
+@thorough
 @given(batches(max_prompts=60, max_len=9), PAGE_SIZES)
 def test_savings_equal_the_literal_recurrence(prompts: list[list[int]], page_size: int) -> None:
     plan = plan_batch(prompts, page_size)

@@ -6,12 +6,19 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planning_references import batches, reference_order, reference_tree, simulate_cache
+from planning_references import (
+    batches,
+    reference_order,
+    reference_tree,
+    simulate_cache,
+    thorough,
+)
 from sglang_batchllm.planning import floor_to_page, plan_batch
 
 PAGE_SIZES = st.sampled_from([1, 2, 4, 16])
 
 
+@thorough
 @given(batches(max_prompts=20), PAGE_SIZES, st.data())
 def test_order_equals_recursive_order(
     prompts: list[list[int]], page_size: int, data: st.DataObject
@@ -21,6 +28,7 @@ def test_order_equals_recursive_order(
     assert plan.order.tolist() == reference_order(reference_tree(prompts, page_size), outputs)
 
 
+@thorough
 @given(batches(max_prompts=30), PAGE_SIZES)
 def test_every_subtree_is_contiguous(prompts: list[list[int]], page_size: int) -> None:
     plan = plan_batch(prompts, page_size)
@@ -35,6 +43,7 @@ def test_every_subtree_is_contiguous(prompts: list[list[int]], page_size: int) -
         assert positions == list(range(positions[0], positions[0] + len(positions)))
 
 
+@thorough
 @given(batches(max_prompts=20), PAGE_SIZES)
 def test_to_compute_equals_a_simulated_cache(prompts: list[list[int]], page_size: int) -> None:
     plan = plan_batch(prompts, page_size)
@@ -42,6 +51,7 @@ def test_to_compute_equals_a_simulated_cache(prompts: list[list[int]], page_size
     assert plan.to_compute.tolist() == [computed[i] for i in range(len(prompts))]
 
 
+@thorough
 @given(batches(max_prompts=20), PAGE_SIZES)
 def test_total_is_distinct_tokens_and_one_tail_per_repeat(
     prompts: list[list[int]], page_size: int
@@ -59,6 +69,7 @@ def test_total_is_distinct_tokens_and_one_tail_per_repeat(
     assert plan_batch(prompts, page_size).report.distinct_tokens == total
 
 
+@thorough
 @given(batches(max_prompts=5), PAGE_SIZES)
 def test_no_order_computes_less(prompts: list[list[int]], page_size: int) -> None:
     least = min(
@@ -68,6 +79,7 @@ def test_no_order_computes_less(prompts: list[list[int]], page_size: int) -> Non
     assert plan_batch(prompts, page_size).to_compute.sum() == least
 
 
+@thorough
 @given(batches(max_prompts=12), PAGE_SIZES)
 def test_shared_len_is_the_longest_prefix_with_anyone(
     prompts: list[list[int]], page_size: int

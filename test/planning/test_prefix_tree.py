@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planning_references import batches, reference_tree
+from planning_references import batches, reference_tree, thorough
 from sglang_batchllm.planning import plan_batch
 
 
+@thorough
 @given(batches(), st.sampled_from([1, 2, 4, 16]), st.data())
 def test_tree_equals_recursive_split(
     prompts: list[list[int]], page_size: int, data: st.DataObject

@@ -1,0 +1,158 @@
+"""The policy, driven by a model of the engine: random batches, chunks, aborts, retractions."""
+
+import random
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine_model import EngineModel, Policy
+from kv_model import Request, make_request
+from sglang_batchllm.policy.batch import member_of
+from sglang_batchllm.policy.core import View
+
+prompt_lists = st.lists(
+    st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=2, max_size=12
+)
+seeds = st.integers(0, 2**32)
+
+
+def engine_with(
+    prompts: list[list[int]], capacity: int = 10**6, chunk: int = 40, output: int = 4
+) -> tuple[EngineModel, list[Request]]:
+    engine = EngineModel(capacity, Policy(chunk=chunk, max_running=8))
+    requests = [make_request(str(i), prompt, output) for i, prompt in enumerate(prompts)]
+    engine.submit_list(requests)
+    return engine, requests
+
+
+def view(**changes: Any) -> View:
+    """Of an engine that is idle and has much memory."""
+    facts = {"decoding": 0, "decode_tokens": 0, "available": 10**6, "max_requests": 1000}
+    return View(**(facts | {"chunk_left": 0, "stepped": True, "full": False} | changes))
+
+
+def computed(engine: EngineModel) -> int:
+    return sum(work.prefill_tokens for work in engine.works)
+
+
+def assert_whole(engine: EngineModel) -> None:
+    assert engine.pool.used == 0
+    assert not +engine.pool._locks
+    assert engine.policy.pinned_tokens == 0
+    assert not engine.policy.report()["running"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(prompt_lists, seeds)
+def test_everything_is_computed_once_and_nothing_is_held(prompts, seed):
+    rng = random.Random(seed)
+    engine, _ = engine_with(
+        prompts, capacity=rng.choice([20, 30, 60, 10**6]), chunk=rng.randint(1, 40)
+    )
+    engine.run()
+    (report,) = engine.policy.report()["batches"]
+    if not report["retractions"] and not report["relaxed_tokens"]:
+        assert computed(engine) == report["distinct_tokens"] == report["computed_tokens"]
+    assert report["finished"] == report["requests"] == len(prompts)
+    assert report["output_tokens"] == 4 * len(prompts)
+    assert_whole(engine)
+
+
+@settings(max_examples=150, deadline=None)
+@given(prompt_lists, seeds)
+def test_aborts_and_retractions_leak_nothing(prompts, seed):
+    rng = random.Random(seed)
+    engine, requests = engine_with(prompts, capacity=rng.choice([20, 60, 10**6]), chunk=3)
+    for _ in range(2000):
+        if not engine.busy:
+            break
+        engine.step()
+        if rng.random() < 0.3:
+            alive = [request for request in requests if request.end is None]
+            if alive:
+                engine.abort(rng.choice(alive))
+        if engine.running and rng.random() < 0.3:
+            engine.retract(rng.choice(engine.running))
+    assert not engine.busy, "the batch never finished"
+    (report,) = engine.policy.report()["batches"]
+    assert report["finished"] + report["aborted"] == len(prompts)
+    assert_whole(engine)
+
+
+def test_members_wait_for_their_leader_and_others_do_not():
+    engine, _ = engine_with([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6], [9, 9]])
+    chosen = engine.policy.choose(view()).requests
+    assert sorted(list(r.origin_input_ids[:2]) for r in chosen) == [[1, 2], [9, 9]]
+
+
+def test_nobody_waits_for_a_prefix_that_is_in_the_cache():
+    engine, requests = engine_with([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6]])
+    batch = member_of(requests[0]).batch  # type: ignore[union-attr]
+    engine.pool._cached[batch.node_id(batch.members[0].home)] = 3
+    engine.pool.evictable += 3
+    assert len(engine.policy.choose(view()).requests) == 3
+    assert engine.policy.pinned_tokens == 3
+
+
+def test_a_new_prefix_is_opened_only_where_any_request_can_still_run():
+    """A third group, the last in the order, needs 35 tokens for one of its requests."""
+    small = [[1, 2, 3, 4], [1, 2, 3, 5], [6, 7, 8, 4], [6, 7, 8, 5]]
+    large = [[9] * 29 + [1], [9] * 29 + [2]]
+    for capacity, begun in ((40, 1), (60, 2)):
+        engine, _ = engine_with([*small, *large], capacity, chunk=10)
+        chosen = engine.policy.choose(view(available=capacity)).requests
+        assert len(chosen) == begun
+
+
+def test_no_request_is_cut_to_fill_the_last_of_a_step_where_outputs_differ():
+    prompts = [[i] * 10 for i in range(1, 30)]
+    for differ, max_tokens, begun in (
+        *((False, 105, 11), (False, 25, 3), (False, 8, 1)),
+        *((True, 105, 10), (True, 80, 8), (True, 25, 3), (True, 8, 1)),
+    ):
+        engine = EngineModel(10**6, Policy(chunk=max_tokens))
+        requests = [make_request(str(i), prompt, 4) for i, prompt in enumerate(prompts)]
+        if differ:
+            requests[0].sampling_params.max_new_tokens = 5
+        engine.submit_list(requests)
+        assert len(engine.policy.choose(view()).requests) == begun
+
+
+def test_pins_given_up_are_computed_again():
+    """Another list needs the memory that is pinned."""
+    engine, requests = engine_with([[1, 2, 3, 4], [1, 2, 3, 5]], output=2)
+    engine.step()
+    assert engine.policy.pinned_tokens == 3
+    (member,) = [m for m in map(member_of, requests) if m is not None and m.slot < 0]
+    assert member.batch is not None
+    assert member.batch.pins.relax(None) == 3
+    assert engine.policy.pinned_tokens == 0
+    assert member.batch.pins.path_state(member) == (0, 3)
+
+
+def test_what_a_list_leaves_stays_only_while_memory_keeps_nobody_out():
+    prompts = [[1, 2, 3, 4], [1, 2, 3, 5]]
+    engine, _ = engine_with(prompts)
+    engine.run()
+    assert engine.pool.evictable == 3
+    engine, _ = engine_with([[i] * 10 for i in range(40)] + prompts, capacity=60)
+    engine.run()
+    assert engine.policy.report()["total"]["retractions"] == 0
+    assert engine.pool.evictable == 0
+
+
+def test_the_report_counts_all_that_ran():
+    engine, _ = engine_with([[1, 2, 3], [1, 2, 4], [5]])
+    engine.run()
+    engine.submit(make_request("alone", [1, 2, 3, 9], 4))
+    engine.submit(make_request("unshared", [1, 2, 3], 4), shareable=False)
+    engine.run()
+    report = engine.policy.report()
+    total, (batch,) = report["total"], report["batches"]
+    assert (batch["requests"], batch["computed_tokens"], batch["tokens_saved"]) == (3, 5, 2)
+    assert (total["requests"], total["finished"], total["output_tokens"]) == (5, 5, 20)
+    assert total["prompt_tokens"] == 14
+    assert total["distinct_tokens"] == 5 + 1 + 1  # 9 after 1 2 3, and the last of 1 2 3 again
+    assert total["computed_tokens"] == 5 + 4 + 3  # the model caches for planned requests only
+    assert total["seconds"] > 0
