@@ -15,7 +15,9 @@ import numpy as np
 
 class Batch(Protocol):
     """name; requests: how many; output: mean tokens to decode; distinct_tokens: prompt tokens to
-    compute when none is computed twice; kv_tokens: the KV pool, None for all the memory."""
+    compute when none is computed twice; kv_tokens: the KV pool, None for all the memory. limit:
+    None where each request is told how long its output will be; else what all may decode, and each
+    ends by itself before."""
 
     @property
     def name(self) -> str: ...
@@ -32,6 +34,9 @@ class Batch(Protocol):
     @property
     def kv_tokens(self) -> int | None: ...
 
+    @property
+    def limit(self) -> int | None: ...
+
     def prompts(self, vocab_size: int, seed: int = 0) -> list[list[int]]:
         """Token ids, shuffled."""
         ...
@@ -45,7 +50,8 @@ class Batch(Protocol):
 class Case:
     """requests in groups of `sharing_degree` that share `prefix` tokens, each with `suffix` of
     its own and `output` tokens to decode; kv_tokens: the KV pool, None for all the memory.
-    longest_output: if set, outputs are geometric with mean `output`, cut at this length."""
+    longest_output: if set, outputs are geometric with mean `output`, cut at this length. twin: the
+    case whose very prompts and lengths these are, but here nobody knows the lengths before."""
 
     name: str
     requests: int
@@ -55,13 +61,18 @@ class Case:
     output: int
     kv_tokens: int | None = None
     longest_output: int | None = None
+    twin: str | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.longest_output if self.twin else None
 
     @property
     def distinct_tokens(self) -> int:
         return self.requests // self.sharing_degree * self.prefix + self.requests * self.suffix
 
     def prompts(self, vocab_size: int, seed: int = 0) -> list[list[int]]:
-        rng = random.Random(f"{self.name}-{seed}")
+        rng = random.Random(f"{self.twin or self.name}-{seed}")
         prompts = []
         for _ in range(self.requests // self.sharing_degree):
             prefix = rng.choices(range(vocab_size), k=self.prefix)
@@ -73,7 +84,7 @@ class Case:
     def outputs(self) -> list[int]:
         if self.longest_output is None:
             return [self.output] * self.requests
-        rng = random.Random(f"{self.name}-outputs")
+        rng = random.Random(f"{self.twin or self.name}-outputs")
         lengths = (math.ceil(rng.expovariate(1 / self.output)) for _ in range(self.requests))
         return [min(max(length, 1), self.longest_output) for length in lengths]
 
@@ -88,6 +99,7 @@ CASES = {
         Case("M5", 800, 4, 2000, 200, 100, kv_tokens=120_000),
         Case("M6", 800, 16, 2000, 200, 100, kv_tokens=120_000),
         Case("mixed", 800, 16, 2000, 200, 200, longest_output=1000),
+        Case("mixed-unknown", 800, 16, 2000, 200, 200, longest_output=1000, twin="mixed"),
     )
 }
 
@@ -110,6 +122,7 @@ class TraceSample:
     name: str
     lines: tuple[tuple[int, int, tuple[int, ...]], ...]
     kv_tokens: int | None = None
+    limit: int | None = None
 
     @staticmethod
     def of(

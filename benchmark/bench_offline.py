@@ -1,12 +1,15 @@
 """Requests per second of offline batches, stock SGLang against --batchllm.
 
-    python benchmark/bench_offline.py --model PATH --cases M1 M5 M6 --json FILE
+    python benchmark/bench_offline.py --model PATH --cases M1 M5 M6 --sides fused stock --out FILE
 
 Sides: stock SGLang, and --batchllm with fused and with native attention. Each side runs in a
 process of its own per KV pool size, one after the other on the same GPU, and all its cases in
 that process, each after a warm-up batch of the same shape with other tokens. Stock SGLang runs
 every case twice, prompts shuffled and prompts sorted by group, and is quoted at the better.
-`--load-format dummy` takes random weights: outputs are meaningless and cost the same.
+Whatever is not named here is as SGLang has it by default, on every side: prefill runs in CUDA
+graphs where SGLang does that. FILE keeps what other commands have put there of other cases, sides
+and orders, and is written after each run. `--load-format dummy` takes random weights: outputs are
+meaningless and cost the same.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from batches import CASES, Batch
+from endings import end_as_drawn, ending_after
 from processes import results_of
+from results_file import ResultFile
 from roofline import ModelShape, floor
 from steps import read_steps, record_steps
 
@@ -31,11 +36,7 @@ SIDES = {
     "stock": {},
 }
 
-ENGINE_OPTIONS = {
-    "skip_tokenizer_init": True,
-    "disable_prefill_cuda_graph": True,  # takes a minute to capture
-    "log_level": "error",
-}
+ENGINE_OPTIONS = {"skip_tokenizer_init": True, "log_level": "error"}
 
 
 def run_side(
@@ -51,22 +52,24 @@ def run_side(
     steps_file = Path(tempfile.mkdtemp()) / "steps"
     if steps:
         record_steps(Engine, steps_file)
+    end_as_drawn(Engine)
     engine = Engine(**options, **SIDES[side])
     vocab_size = engine.tokenizer_manager.model_config.vocab_size
     try:
         for case in cases:
             warm_up = case.prompts(vocab_size, seed=1)[: max(case.requests // 8, 1)]
-            engine.generate(input_ids=warm_up, sampling_params=_sampling(case.output))
+            sampling = sampling_of(case, case.output, vocab_size)
+            engine.generate(input_ids=warm_up, sampling_params=sampling)
             orders = ["shuffled", "grouped"] if side == "stock" else ["shuffled"]
             for order in orders:
                 pairs = list(zip(case.prompts(vocab_size), case.outputs(), strict=True))
                 if order == "grouped":
                     pairs.sort()
                 prompts = [prompt for prompt, _ in pairs]
-                sampling = [_sampling(output) for _, output in pairs]
+                samplings = [sampling_of(case, output, vocab_size) for _, output in pairs]
                 engine.flush_cache()
                 started = time.perf_counter()
-                results = engine.generate(input_ids=prompts, sampling_params=sampling)
+                results = engine.generate(input_ids=prompts, sampling_params=samplings)
                 seconds = time.perf_counter() - started
                 result = measure(case, order, side, pairs, results, seconds)
                 if steps:
@@ -80,7 +83,10 @@ def run_side(
         engine.shutdown()
 
 
-def _sampling(output: int) -> dict[str, Any]:
+def sampling_of(case: Batch, output: int, vocab_size: int) -> dict[str, Any]:
+    """Sampling parameters of a request of `case` with `output` tokens of output."""
+    if case.limit is not None:
+        return ending_after(output, case.limit, stop_token=vocab_size - 1)
     return {"temperature": 0, "max_new_tokens": output, "ignore_eos": True}
 
 
@@ -92,9 +98,13 @@ def measure(
     results: list[dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
-    """The facts of one run; raises if an output is not as long as was asked for."""
-    asked = [output for _, output in pairs]
-    assert [r["meta_info"]["completion_tokens"] for r in results] == asked
+    """The facts of one run; raises if an output is not as long as was drawn for it, or did not end
+    for the reason that the case is about."""
+    drawn = [output for _, output in pairs]
+    infos = [result["meta_info"] for result in results]
+    assert [info["completion_tokens"] for info in infos] == drawn
+    reasons = ["length" if case.limit in (None, output) else "stop" for output in drawn]
+    assert [info["finish_reason"]["type"] for info in infos] == reasons
     return {
         "case": case.name,
         "side": side,
@@ -103,15 +113,13 @@ def measure(
         "requests_per_second": case.requests / seconds,
         "prompt_tokens": sum(len(prompt) for prompt, _ in pairs),
         "distinct_tokens": case.distinct_tokens,
-        "computed_tokens": sum(
-            r["meta_info"]["prompt_tokens"] - r["meta_info"]["cached_tokens"] for r in results
-        ),
-        "retractions": sum(r["meta_info"]["num_retractions"] for r in results),
+        "computed_tokens": sum(info["prompt_tokens"] - info["cached_tokens"] for info in infos),
+        "retractions": sum(info["num_retractions"] for info in infos),
     }
 
 
 def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, Any]]:
-    """Run every case on every side; write and print each result as it comes.
+    """Run every case on every side; write and print each row as it comes, and return them.
 
     args: as from `argument_parser`.
     """
@@ -123,6 +131,7 @@ def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, 
     }
     shape = ModelShape.of(json.loads((Path(args.model) / "config.json").read_text()))
     floors = {case.name: case.requests / floor(case, shape).seconds for case in cases}
+    file = ResultFile(args.out, ("case", "side", "order"))
     results: list[dict[str, Any]] = []
     recorded: list[dict[str, Any]] = []
     for kv_tokens in dict.fromkeys(case.kv_tokens for case in cases):
@@ -136,10 +145,8 @@ def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, 
                     args.steps.write_text(json.dumps(recorded))
                     del result["steps"]
                 result["floor_requests_per_second"] = floors[result["case"]]
-                results.append(result)
-                print(json.dumps(result), flush=True)
-                if args.json:
-                    args.json.write_text(json.dumps(results, indent=1))
+                results.append(file.add({**result, "engine_options": args.options}))
+                print(json.dumps(results[-1]), flush=True)
     return results
 
 
@@ -148,7 +155,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--steps", type=Path, help="record every forward step in this file")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--out", type=Path, help="put the rows into this file")
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument(
         "--options", type=json.loads, default={}, help="more engine arguments for every side (JSON)"

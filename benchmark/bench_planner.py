@@ -7,17 +7,14 @@ tracemalloc in a run of its own.
 
 import argparse
 import array
-import json
-import platform
-import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
+from results_file import ResultFile
 from sglang_batchllm.planning import Prompts, TokenTable, plan_batch
 
 VOCABULARY = 128_000
@@ -118,43 +115,22 @@ def measure(case: Case) -> dict[str, str | int | float]:
     }
 
 
-def machine() -> dict[str, str]:
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "cpu": next(
-            line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")
-        ),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of plan_batch")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the table here")
-    path: Path | None = parser.parse_args().json
+    parser.add_argument("--out", type=Path, help="put the rows into this file")
+    file = ResultFile(parser.parse_args().out, ("case", "form", "prompts"))
 
     print("| case | form | prompts | tokens | groups | seconds | s per Mtoken | memory ratio |")
     print("|---|---|---|---|---|---|---|---|")
     plan_batch([[0, 0], [0, 0]])  # numpy imports some of its parts on first use
-    rows = []
     for case in CASES:
-        row = measure(case)
-        rows.append(row)
+        row = file.add(measure(case))
         print(
             f"| {row['case']} | {row['form']} | {row['prompts']:,} | {row['tokens']:,} "
             f"| {row['groups']:,} | {row['seconds']:.3f} | {row['seconds_per_mtoken']:.4f} "
             f"| {row['memory_ratio']:.2f} |",
             flush=True,
         )
-    if path:
-        result = {
-            "date": date.today().isoformat(),
-            "command": " ".join(["python", *sys.argv]),
-            "machine": machine(),
-            "rows": rows,
-        }
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

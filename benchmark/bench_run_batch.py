@@ -1,6 +1,6 @@
 """Requests per second of an `sgl.function` program over a whole batch, and what stands in its way.
 
-    python benchmark/bench_run_batch.py --model PATH --json FILE
+    python benchmark/bench_run_batch.py --model PATH --out FILE
 
 `--model` needs no more than a config.json: weights are random, and the tokenizer (32k entries) is
 trained on this machine's Python sources, of which the prompts are made. Every side answers the
@@ -36,6 +36,7 @@ from typing import Any
 import psutil
 
 from processes import results_of
+from results_file import ResultFile, Row
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -58,6 +59,9 @@ class Shape:
     suffix: int
     output: int
 
+    def __str__(self) -> str:
+        return f"{self.requests}, {self.degree}, {self.prefix} / {self.suffix} / {self.output}"
+
 
 Prompts = list[tuple[str, str]]
 """Document and question, shuffled."""
@@ -74,12 +78,13 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=2000)
     parser.add_argument("--suffix", type=int, default=200)
     parser.add_argument("--output", type=int, default=100)
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--out", type=Path, help="put the rows into this file")
     parser.add_argument("flags", nargs="*", metavar="FLAG")
     args = parser.parse_args()
     shape = Shape(args.requests, args.degree, args.prefix, args.suffix, args.output)
 
-    results: list[dict[str, Any]] = []
+    file = ResultFile(args.out, ("case", "side", "run"))
+    results: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
         shutil.copy(args.model / "config.json", model)
@@ -88,10 +93,8 @@ def main() -> None:
         flags = ["--model-path", folder, "--load-format", "dummy", *args.flags]
         for side in args.sides:
             for result in results_of(run_side, side, model, flags, shape):
-                results.append({"shape": vars(shape), **result})
+                results.append(file.add({"case": str(shape), **result}))
                 print(json.dumps(results[-1]), flush=True)
-                if args.json:
-                    args.json.write_text(json.dumps(results, indent=1) + "\n")
     print_table(results)
 
 
@@ -152,7 +155,7 @@ def run_side(side: str, model: Path, flags: list[str], shape: Shape, pipe: Any) 
     start = server if side in ("server", "stock") else engine
     with start(side, flags, shape) as (run, flush):
         run({name: rows[: max(shape.requests // 8, 2)] for name, rows in warm_up.items()})
-        for _ in range(RUNS):
+        for number in range(RUNS):
             flush()
             FINISHED.clear()
             with watching_this_process() as seen:
@@ -165,6 +168,7 @@ def run_side(side: str, model: Path, flags: list[str], shape: Shape, pipe: Any) 
             pipe.send(
                 {
                     "side": side,
+                    "run": number,
                     "seconds": seconds,
                     "requests_per_second": len(answers) / seconds,
                     "first_finished_seconds": FINISHED[0] - started if FINISHED else None,
@@ -270,7 +274,7 @@ def watching_this_process() -> Iterator[list[tuple[int, int]]]:
     watcher.join()
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
+def print_table(results: list[Row]) -> None:
     """The better run of each side."""
     columns = {
         "requests/s": "requests_per_second",

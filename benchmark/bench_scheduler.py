@@ -1,6 +1,6 @@
 """What scheduling a long queue costs: 10,000 requests of 2,000 tokens, 1,000 of them running.
 
-    python benchmark/bench_scheduler.py --json FILE
+    python benchmark/bench_scheduler.py --out FILE
 
 The model is tiny, since only host time counts here: seconds from the call to the first forward
 step (which for --batchllm include planning), and milliseconds per step that the scheduler takes
@@ -22,6 +22,7 @@ import numpy as np
 
 from batches import Case
 from processes import results_of
+from results_file import ResultFile
 from steps import read_steps, record_steps
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -40,7 +41,6 @@ def run_side(model: str, side: str, requests: int, pipe: Any) -> None:
         model_path=model,
         skip_tokenizer_init=True,
         max_running_requests=RUNNING,
-        disable_prefill_cuda_graph=True,
         batchllm=side == "batchllm",
         log_level="error",
     )
@@ -57,6 +57,7 @@ def run_side(model: str, side: str, requests: int, pipe: Any) -> None:
         engine.shutdown()
     steps = [step for step in read_steps(steps_file) if step.start >= started]
     figures: dict[str, Any] = {
+        "case": BATCH.name,
         "side": side,
         "requests": len(prompts),
         "intake_seconds": steps[0].start - started,
@@ -85,20 +86,17 @@ def run_side(model: str, side: str, requests: int, pipe: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=REQUESTS, help="fewer, for a quick look")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--out", type=Path, help="put the rows into this file")
     args = parser.parse_args()
 
     from tiny_model import make_tiny_model
 
     folder = Path(tempfile.mkdtemp())
     model = make_tiny_model(folder, [__doc__], VOCABULARY, 4096, hidden_size=256, head_dim=64)
-    results = []
+    rows = ResultFile(args.out, ("case", "side", "requests"))
     for side in ("batchllm", "stock"):
         for figures in results_of(run_side, str(model), side, args.requests):
-            results.append(figures)
-            print(json.dumps(figures), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+            print(json.dumps(rows.add(figures)), flush=True)
 
 
 if __name__ == "__main__":

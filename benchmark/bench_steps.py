@@ -1,6 +1,6 @@
 """Where the GPU time of prefill and decode steps goes, stock SGLang against --batchllm.
 
-    python benchmark/bench_steps.py --model PATH --json FILE
+    python benchmark/bench_steps.py --model PATH --out FILE
 
 Batches from the few requests of a batch's end to a full one are run once to warm up and once under
 SGLang's profiler, which records the first `STEPS` prefill steps and the first `STEPS` decode steps.
@@ -10,7 +10,6 @@ Each side runs in a process of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from batches import Case
 from bench_offline import ENGINE_OPTIONS, SIDES
 from processes import results_of
+from results_file import ResultFile, Row
 from traces import STAGES, mean_step, wait_for_trace
 
 STEPS = 6
@@ -58,7 +58,7 @@ def run_side(options: dict[str, Any], side: str, pipe: Any) -> None:
         engine.shutdown()
 
 
-def rows(case: Case, side: str, folder: Path) -> list[dict[str, Any]]:
+def rows(case: Case, side: str, folder: Path) -> list[Row]:
     """A row per stage; the smallest batches have fewer than STEPS prefill steps."""
     stages = [stage for stage in STAGES if stage == "decode" or case.requests > 100]
     return [
@@ -72,7 +72,7 @@ def rows(case: Case, side: str, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def print_table(results: Sequence[dict[str, Any]]) -> None:
+def print_table(results: Sequence[Row]) -> None:
     columns = ("gpu_ms", "idle_ms", "matrices_ms", "attention_ms", "other_ms")
     print(f"{'':24}{'side':>8}" + "".join(f"{name:>14}" for name in columns))
     for row in results:
@@ -84,15 +84,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=["fused", "stock"])
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--out", type=Path, help="put the rows into this file")
     args = parser.parse_args()
     options = {"model_path": args.model, "load_format": "dummy", **ENGINE_OPTIONS}
-    results: list[dict[str, Any]] = []
+    file = ResultFile(args.out, ("case", "side", "stage"))
+    results: list[Row] = []
     for side in args.sides:
         for rows_of_case in results_of(run_side, options, side):
-            results += rows_of_case
-            if args.json:
-                args.json.write_text(json.dumps(results, indent=1) + "\n")
+            results += [file.add(row) for row in rows_of_case]
     print_table(results)
 
 

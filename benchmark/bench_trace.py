@@ -1,6 +1,6 @@
 """Requests per second on a sample of a real trace, stock SGLang against --batchllm.
 
-    python benchmark/bench_trace.py --model PATH --trace TRACE --json FILE
+    python benchmark/bench_trace.py --model PATH --trace TRACE --out FILE
 
 TRACE: a Mooncake trace, for example `../shared/traces/conversation_trace.jsonl`. Prompts are
 random tokens that share what the trace's hash ids share (see `batches.TraceSample`), outputs are

@@ -1,27 +1,23 @@
-"""A model of SGLang's scheduler over a KV pool of counters, driven by the real runtime objects.
+"""A model of SGLang's scheduler over a KV pool of counters, driven by the real policy.
 
-Planning, pins, intake and admission are those of `sglang_batchllm.runtime`. What SGLang does
-around them is modelled after its 0.5.17 sources and `runtime.scheduler`: `PrefillAdder` (the
-budget of a prefill batch), `Scheduler.get_next_batch_to_run` (prefill first, or decode), mixed
-batches and `ScheduleBatch.retract_decode`. One step's result is known after the next has been
-launched, so every request decodes once too often, as it does there.
+What runs next, what is pinned and what waits is decided by `sglang_batchllm.policy`, as in the real
+scheduler. Modelled here is what SGLang does around it, after its 0.5.17 sources: the budget of a
+prefill batch (`PrefillAdder`), prefill first or decode (`get_next_batch_to_run`), mixed batches and
+retraction. One step's result is known after the next has been launched, so every request decodes
+once too often, as it does there.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 from cost_model import Work
-from kv_model import KVPool, Request
-from sglang_batchllm.runtime.admission import Admission, tokens_to_prefill
-from sglang_batchllm.runtime.batch import PlannedBatch, batch_of
-from sglang_batchllm.runtime.intake import Intake
-from sglang_batchllm.runtime.pins import ROOT
+from kv_model import KVPool, Request, make_request
+from sglang_batchllm.policy.batch import Member, member_of
+from sglang_batchllm.policy.core import Arrival, BatchPolicy, Limits, View
+from sglang_batchllm.policy.pins import ROOT
 
 MAX_PREFILL_TOKENS = 16384
 """SGLang's default."""
@@ -38,204 +34,238 @@ class Policy:
 
 
 class EngineModel:
-    """Runs one list of requests to the end; `works` has what each step did.
+    """Runs requests step by step; `works` has what each step did.
 
-    Raises RuntimeError where no step can make progress.
+    running: requests that decode. Raises RuntimeError where no step can make progress.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        outputs: Sequence[int],
-        capacity: int,
-        policy: Policy,
-    ):
+    def __init__(self, capacity: int, policy: Policy = Policy(), gather_seconds: float = 0.0):
         self.pool = KVPool(capacity)
-        self.policy = policy
-        self.requests = [
-            Request(str(i), array("q", prompt), SimpleNamespace(max_new_tokens=output))
-            for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
-        ]
-        self._intake: Any = Intake(self.pool, 1, 0.0, lambda decision: decision)
-        self._intake.plan_list(self.requests, self.requests)
-        self.batch: PlannedBatch = self._intake.batches[0]
-        self.pool.attach(self.batch, [request.origin_input_ids for request in self.requests])
-        self._group_of: list[int] = self.batch.plan.group_of.tolist()
-        self._prefix_len: list[int] = self.batch.plan.groups.prefix_len.tolist()
-        self._admission: Any = Admission(self._intake, capacity)
-        self._waiting = len(self.requests)
-        self._running: list[Request] = []
+        self.policy = BatchPolicy(
+            self.pool, Limits(capacity, 1, policy.chunk, gather_seconds, policy.mixed)
+        )
+        self._limits = policy
+        self.running: list[Request] = []
+        self.waiting: dict[int, Request] = {}  # by identity
+        self.chunked: Request | None = None
         self._prefilled: list[Request] = []  # in the step before, to run from now on
-        self._chunked: Request | None = None
         self._full = False
         self._stuck = False
+        self._stepped = False
         self.works: list[Work] = []
 
-    def run(self) -> list[Work]:
-        while self.batch.unfinished:
-            self._step()
-        return self.works
+    # Requests
 
-    def _choose(self) -> list[Request]:
-        """As BatchLLMScheduler.get_new_batch_prefill asks `Admission`."""
-        if not self._waiting or self._full:
-            return []
-        holding = self._running + ([self._chunked] if self._chunked else [])
-        budget = self.policy.chunk - self._chunk_left
-        room = self.policy.max_running - len(self._running)
-        chosen, refused = self._admission.choose(holding, self.pool.available, budget, room)
-        if refused and not chosen:
-            self._full = bool(holding)
-        return chosen
+    def submit_list(self, requests: Sequence[Request]) -> None:
+        """Requests of one call."""
+        for request in requests:
+            self._queue(request)
+        self.policy.list_arrived([Arrival(r, None, True) for r in requests], requests)
 
-    def _mixes(self, chosen: list[Request]) -> bool:
-        """As BatchLLMScheduler._mixes, whose bound on the memory this is."""
-        tokens: int = self._chunk_left + sum(map(tokens_to_prefill, chosen))  # type: ignore
-        needed = min(tokens, self.policy.chunk) + len(chosen) + 1 + len(self._running)
-        return self.policy.mixed and self.pool.available >= needed
+    def submit(self, request: Request, shareable: bool = True) -> None:
+        """A request by itself."""
+        self._queue(request)
+        self.policy.arrived(Arrival(request, None, shareable))
+
+    def abort(self, request: Request) -> None:
+        """End a request, whatever it does."""
+        request.end = "abort"
+        if self.waiting.pop(id(request), None) is not None:
+            self.policy.departed([request])
+            return
+        for group in (self.running, self._prefilled):
+            if request in group:
+                group.remove(request)
+        if self.chunked is request:
+            self.chunked = None
+        self._full = False
+        self._give_back(request)
+
+    def retract(self, request: Request) -> None:
+        """Take a running request's KV, and have it wait again."""
+        self.running.remove(request)
+        self._full = False
+        self._give_back(request)
+        self.submit(request)
+
+    def _queue(self, request: Request) -> None:
+        self.pool.admit(request)
+        self.waiting[id(request)] = request
 
     @property
-    def _chunk_left(self) -> int:
-        """Tokens still to compute of the prompt that is prefilled in chunks."""
-        request = self._chunked
-        return 0 if request is None else request.tokens - len(request.prefix_indices)
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running or self._prefilled or self.chunked)
 
-    def _step(self) -> None:
-        """As Scheduler.get_next_batch_to_run, and then what the step leaves behind."""
-        self._running += self._prefilled
+    def run(self) -> list[Work]:
+        """Until nothing is left to do."""
+        while self.busy:
+            self.step()
+        return self.works
+
+    # A step
+
+    def step(self) -> None:
+        self.running += self._prefilled
         self._prefilled = []
-        chosen = self._choose()
-        riding = self._running if self._mixes(chosen) else []
-        ranges = self._prefill_batch(chosen, len(riding))
-        if ranges:
-            rows = riding
-        else:
-            if chosen and not self._running and self._chunked is None:
-                self._admission.give_up_pins(chosen[0])
-                self._full = False
-            rows = self._decode_batch()
-            if not rows and self._stuck:
-                raise RuntimeError("nothing runs and nothing can be admitted")
-            self._stuck = not rows
+        decision = self.policy.choose(self._view())
+        self._full = decision.full
+        riding = self.running if decision.mixed else []
+        ranges = self._prefill_batch(decision.requests, len(riding))
+        rows = riding if ranges else self._decode_batch()
+        if not ranges and not rows and self._stuck:
+            raise RuntimeError("nothing runs and nothing can be admitted")
+        self._stuck = not ranges and not rows
+        self._stepped = not self._stuck
         for row in rows:
             row.own += 1
         self.pool.take(len(rows))
         if ranges or rows:
-            self.works.append(self._work(ranges, rows))
+            self.works.append(_work(ranges, rows, self.pool.used))
         for row in list(rows):
-            if row.decoded:
+            if row.how_it_ends():
                 self._finish(row)
             else:
                 row.output_ids.append(0)
         for request in self._prefilled:
-            if not request.decoded:
+            if not request.how_it_ends():
                 request.output_ids.append(0)
+
+    def _view(self) -> View:
+        return View(
+            decoding=len(self.running),
+            decode_tokens=len(self.running),
+            available=self.pool.available,
+            max_requests=self._limits.max_running - len(self.running),
+            chunk_left=self._chunk_left,
+            stepped=self._stepped,
+            full=self._full,
+        )
+
+    @property
+    def _chunk_left(self) -> int:
+        """Tokens still to compute of the prompt that is prefilled in chunks."""
+        return 0 if self.chunked is None else self.chunked.tokens - self.chunked.computed
 
     def _prefill_batch(self, chosen: list[Request], riding: int) -> dict[Request, range]:
         """Prompt tokens to prefill by request, in slots of their own or the cache's by now.
 
         riding: rows that decode in the same step.
         """
-        budget = _PrefillBudget(self.pool, self.policy.chunk, riding)
+        budget = _PrefillBudget(self.pool, self._limits.chunk, riding)
         ranges: dict[Request, range] = {}
-        if self._chunked is not None:
-            request = self._chunked
-            start = len(request.prefix_indices)
-            length = budget.continue_chunk(self._chunk_left)
-            ranges[request] = range(start, start + length)
+        matched: dict[Request, int] = {}
+        if self.chunked is not None:
+            request = self.chunked
+            start = matched[request] = request.computed
+            ranges[request] = range(start, start + budget.continue_chunk(self._chunk_left))
         for request in chosen:
-            request.node = self.pool.match(self._member(request).home)
-            self.pool.lock(request.node, 1)
-            start = min(self.batch.pins.depth[request.node], request.tokens - 1)
+            if budget.closed:
+                break
+            member = _member(request)
+            request.node = self.pool.match(member)
+            self.pool.lock(member.batch, request.node, 1)
+            start = 0
+            if member.batch is not None:
+                start = min(member.batch.pins.depth[request.node], request.tokens - 1)
             length = budget.add(request.tokens - start)
             if not length:
-                self.pool.lock(request.node, -1)
-                self._full = self._full or budget.no_memory
+                self.pool.lock(member.batch, request.node, -1)
                 break
-            request.prefix_indices = range(start)
+            matched[request] = start
             if request.cached_tokens < 0:
                 request.cached_tokens = start
             ranges[request] = range(start, start + length)
-            if budget.closed:
-                self._full = self._full or budget.no_memory
-                break
-        self._admission.settle(chosen, {id(request) for request in ranges})
-        self._waiting -= sum(request is not self._chunked for request in ranges)
-        self._chunked = None
+        self._full = self._full or budget.no_memory
+        self.chunked = None
         for request, span in ranges.items():
+            self.waiting.pop(id(request), None)
             self.pool.take(len(span))
             request.own += len(span)
-        for request, span in ranges.items():
-            self._publish(request, span.stop)
+            request.computed = request.already_computed = span.stop
             if span.stop < request.tokens:
-                self._chunked = request
-                request.prefix_indices = range(span.stop)
+                self.chunked = request
             else:
                 self._prefilled.append(request)
+        idle = not self.running and not ranges
+        self.policy.launched([(request, matched[request]) for request in ranges], idle)
+        if chosen and idle:
+            self._full = False
         return ranges
-
-    def _publish(self, request: Request, end: int) -> None:
-        request.already_computed = end
-        member = self._member(request)
-        ready = [node for node in member.claimed if self.batch.pins.depth[node] <= end]
-        if ready:
-            self.pool.share(request, ready)
-        if member.claimed:
-            self.batch.published(member, end)
 
     def _decode_batch(self) -> list[Request]:
         """The rows of a decode step, after retracting some if memory is short."""
-        rows = self._running
+        rows = self.running
+        self.policy.make_room(lambda: len(rows) <= self.pool.available, rows)
         if len(rows) > self.pool.available:
-            if len(rows) == 1:
-                self._admission.give_up_pins(rows[0])
             rows.sort(key=lambda r: (len(r.output_ids), -len(r.origin_input_ids)), reverse=True)
             while len(rows) > self.pool.available:
                 if len(rows) == 1:
                     raise RuntimeError("the pool does not hold one request")
-                self._retract(rows.pop())
-            self._full = False
+                self.retract(rows[-1])
         return rows
 
-    def _retract(self, request: Request) -> None:
-        self._give_back(request)
-        self._intake.arrive(request)
-        self._waiting += 1
-
     def _finish(self, request: Request) -> None:
-        self._running.remove(request)
-        request.finished_reason = SimpleNamespace(to_json=lambda: {"type": "length"})
+        request.end = request.how_it_ends()
+        self.running.remove(request)
         self._full = False
         self._give_back(request)
 
     def _give_back(self, request: Request) -> None:
-        self.pool.lock(request.node, -1)
+        self.pool.lock(_member(request).batch, request.node, -1)
         self.pool.own -= request.own
-        request.own, request.node, request.prefix_indices = 0, ROOT, range(0)
-        self.batch.leave(self._member(request), request)  # type: ignore[arg-type]
+        request.own, request.node, request.computed = 0, ROOT, 0
+        self.policy.ended(request, request.end)
 
-    def _work(self, ranges: dict[Request, range], rows: list[Request]) -> Work:
-        context = sum(row.tokens for row in rows)
-        members = Counter(self._group_of[self._member(row).index] for row in rows)
-        saved = sum((n - 1) * self._prefix_len[group] for group, n in members.items() if group >= 0)
-        return Work(
-            prefill_tokens=sum(map(len, ranges.values())),
-            attended=sum(len(span) * (span.start + span.stop) // 2 for span in ranges.values()),
-            decode_requests=len(rows),
-            context=context,
-            unique_kv=context - saved,
-            kv_used=self.pool.used,
-        )
 
-    @staticmethod
-    def _member(request: Request) -> Any:
-        planned = batch_of(request)  # type: ignore[arg-type]
-        assert planned is not None
-        return planned.member
+def list_model(
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[int],
+    capacity: int,
+    policy: Policy,
+    limit: int | None = None,
+) -> tuple[EngineModel, list[Request]]:
+    """An engine with one list of requests that decode as many tokens as they may, or where all may
+    decode up to `limit`, end by themselves after `outputs`."""
+    engine = EngineModel(capacity, policy)
+    requests = []
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        requests.append(make_request(str(index), prompt, limit or output))
+        requests[-1].ends_at = output
+    engine.submit_list(requests)
+    return engine, requests
+
+
+def _member(request: Request) -> Member:
+    member = member_of(request)
+    assert member is not None
+    return member
+
+
+def _work(ranges: dict[Request, range], rows: list[Request], kv_used: int) -> Work:
+    context = sum(row.tokens for row in rows)
+    members = Counter()
+    prefix_lens = {}
+    for row in rows:
+        member = _member(row)
+        if member.batch is not None:
+            plan, number = member.batch.plan, member.batch.number
+            group = int(plan.group_of[member.index])
+            if group >= 0:
+                members[number, group] += 1
+                prefix_lens[number, group] = int(plan.groups.prefix_len[group])
+    saved = sum((count - 1) * prefix_lens[group] for group, count in members.items())
+    return Work(
+        prefill_tokens=sum(map(len, ranges.values())),
+        attended=sum(len(span) * (span.start + span.stop) // 2 for span in ranges.values()),
+        decode_requests=len(rows),
+        context=context,
+        unique_kv=context - saved,
+        kv_used=kv_used,
+    )
 
 
 class _PrefillBudget:
-    """What still fits into a prefill batch: `runtime.adder` over `PrefillAdder`, page size 1.
+    """What still fits into a prefill batch: `edge.adder` over `PrefillAdder`, page size 1.
 
     closed: no further request may be tried. no_memory: for lack of memory.
     """
@@ -258,8 +288,8 @@ class _PrefillBudget:
 
     def add(self, length: int) -> int:
         """Tokens of the request that are prefilled, 0 if it has to wait."""
-        if self.closed or length + 1 >= self._memory_left:
-            self.no_memory = not self.closed
+        if length + 1 >= self._memory_left:
+            self.closed = self.no_memory = True
             return 0
         return self._take(length, self._chunk_left)
 

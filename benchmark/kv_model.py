@@ -1,4 +1,4 @@
-"""A model of the KV pool: token counts of requests, and of the shared nodes of one plan's tree."""
+"""A model of the KV pool: token counts of requests, and of the shared nodes of plans' trees."""
 
 from __future__ import annotations
 
@@ -7,52 +7,53 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
 
-from sglang_batchllm.runtime.batch import PlannedBatch
-from sglang_batchllm.runtime.pins import ROOT
+from sglang_batchllm.policy.batch import Batch, Member, member_of
+from sglang_batchllm.policy.pins import ROOT
+from sglang_batchllm.policy.requests import End
 
 
 @dataclass(eq=False)
 class Request:
-    """What the runtime asks of a request of SGLang's, and `own`: KV tokens only it has.
+    """What the policy asks of a request of SGLang's, and what the engine model notes about it.
 
-    node, prefix_indices: where its prompt's cached prefix ended when it was last scheduled, and
-    the tokens that have slots.
+    own: KV tokens that only it has. node: where its prompt's cached prefix ended when it was last
+    scheduled. computed: tokens that have slots. ends_at: tokens after which it ends by itself.
     """
 
     rid: str
     origin_input_ids: array[int]
     sampling_params: SimpleNamespace
+    ends_at: float = float("inf")
     output_ids: list[int] = field(default_factory=list)
-    prefix_indices: range = range(0)
     own: int = 0
     node: int = ROOT
+    computed: int = 0
     cached_tokens: int = -1
     already_computed: int = 0
-    finished_reason: Any = None
+    end: End | None = None
     extra_key: None = None
-    input_embeds: None = None
-    positional_embed_overrides: None = None
-    session: None = None
-    to_finish: None = None
-
-    def finished(self) -> bool:
-        return self.finished_reason is not None
 
     @property
     def tokens(self) -> int:
         return len(self.origin_input_ids) + len(self.output_ids)
 
-    @property
-    def decoded(self) -> bool:
-        return len(self.output_ids) >= self.sampling_params.max_new_tokens
+    def how_it_ends(self) -> End | None:
+        if len(self.output_ids) >= self.sampling_params.max_new_tokens:
+            return "length"
+        return "stop" if len(self.output_ids) >= self.ends_at else None
+
+
+def make_request(rid: str, prompt: Sequence[int], max_new_tokens: int) -> Request:
+    sampling = SimpleNamespace(max_new_tokens=max_new_tokens)
+    return Request(rid, array("q", prompt), sampling)
 
 
 class KVPool:
-    """Stands for SGLang's allocator and radix cache, and is the pins' `PrefixStore`.
+    """Stands for SGLang's allocator and radix cache, and is the policy's `Store`.
 
-    A shared node that nobody uses stays until the space is needed, unless its pins say otherwise.
+    Only shared nodes are cached, each for its own batch, under the name that `Batch.node_id` gives
+    it; one that nobody uses stays until the space is needed, unless its pins say otherwise.
     own: tokens that only one request has each. evictable: tokens of shared nodes in no use.
     """
 
@@ -60,14 +61,13 @@ class KVPool:
         self.capacity = capacity
         self.own = 0
         self.evictable = 0
-        self._cached: dict[int, int] = {}  # tree node: tokens of its edge
+        self._cached: dict[int, int] = {}  # node: tokens of its edge
         self._locks: Counter[int] = Counter()
-        self._home: dict[int, int] = {}
+        self._owner: dict[int, Request] = {}  # by the identity of its prompt
 
-    def attach(self, batch: PlannedBatch, prompts: Sequence[array[int]]) -> None:
-        """Take the tree of `batch`, whose pins name a prompt by the very object in `prompts`."""
-        self._parent, self._depth = batch.pins.parent, batch.pins.depth
-        self._home = {id(p): home for p, home in zip(prompts, batch.pins.home, strict=True)}
+    def admit(self, request: Request) -> None:
+        """A request that pins may name by the very object of its prompt."""
+        self._owner[id(request.origin_input_ids)] = request
 
     @property
     def used(self) -> int:
@@ -83,71 +83,116 @@ class KVPool:
         """Free or evictable tokens."""
         return self.capacity - self.used
 
-    def path(self, node: int) -> list[int]:
-        """The nodes from the root's child down to `node`."""
-        path = []
-        while node != ROOT:
-            path.append(node)
-            node = self._parent[node]
-        return path[::-1]
-
-    def match(self, home: int) -> int:
-        """The deepest node on the way to `home` down to which all is cached."""
+    def match(self, member: Member) -> int:
+        """The deepest node on the way to the member's home down to which all is cached."""
+        if member.batch is None:
+            return ROOT
         deepest = ROOT
-        for node in self.path(home):
-            if node not in self._cached:
+        for node in _path(member.batch, member.home):
+            if member.batch.node_id(node) not in self._cached:
                 break
             deepest = node
         return deepest
 
-    def lock(self, node: int, by: int) -> None:
-        for at in self.path(node):
-            before = self._locks[at]
-            self._locks[at] += by
-            if not before or not self._locks[at]:
-                self.evictable -= by * self._cached.get(at, 0)
+    def lock(self, batch: Batch | None, node: int, by: int) -> None:
+        for at in [] if batch is None else _path(batch, node):
+            name = _named(batch, at)
+            before = self._locks[name]
+            self._locks[name] += by
+            if not before or not self._locks[name]:
+                self.evictable -= by * self._cached.get(name, 0)
 
     def take(self, tokens: int) -> None:
         """Slots for a request's own tokens; evicts the deepest unlocked nodes for it."""
         self.own += tokens
-        for node in sorted(self._cached, reverse=True):
+        for name in sorted(self._cached, reverse=True):
             if self._filled <= self.capacity:
                 return
-            if not self._locks[node]:
-                self.evictable -= self._cached.pop(node)
+            if not self._locks[name]:
+                self.evictable -= self._cached.pop(name)
         assert self._filled <= self.capacity, "out of KV"
 
-    def share(self, request: Request, nodes: Sequence[int]) -> None:
-        """`nodes`, one path, become the cache's; they were the request's own."""
-        self.lock(request.node, -1)
-        for node in nodes:
-            if node not in self._cached:
-                tokens = self._depth[node] - self._depth[self._parent[node]]
-                self._cached[node] = tokens
-                if not self._locks[node]:
-                    self.evictable += tokens
-                request.own -= tokens
-                self.own -= tokens
-        request.node = nodes[-1]
-        self.lock(request.node, 1)
+    # The policy's Store
 
-    def pin(self, tokens: array[int], namespace: str | None, depth: int) -> int:
-        node = self._home[id(tokens)]
-        while self._depth[node] > depth:
-            node = self._parent[node]
-        assert self._depth[node] == depth and self.match(node) == node
-        self.lock(node, 1)
-        return node
+    def publish(self, request: Request, /) -> int:
+        """The shared nodes that the request has computed become the cache's."""
+        member = member_of(request)
+        assert member is not None
+        assert member.batch is not None
+        batch, depth, parent = member.batch, member.batch.pins.depth, member.batch.pins.parent
+        ready = [node for node in member.claimed if depth[node] <= request.computed]
+        if ready:
+            self.lock(batch, request.node, -1)
+            for node in ready:
+                name = batch.node_id(node)
+                if name not in self._cached:
+                    tokens = depth[node] - depth[parent[node]]
+                    self._cached[name] = tokens
+                    if not self._locks[name]:
+                        self.evictable += tokens
+                    request.own -= tokens
+                    self.own -= tokens
+            request.node = ready[-1]
+            self.lock(batch, request.node, 1)
+        return request.computed
 
-    def unpin(self, handle: int, depth: int, free_from: int | None) -> None:
-        self.lock(handle, -1)
-        node = handle
-        while free_from is not None and self._depth[node] > free_from and not self._locks[node]:
-            self.evictable -= self._cached.pop(node)
-            node = self._parent[node]
+    def pin(self, tokens: array[int], namespace: str | None, depth: int) -> tuple[Batch, int]:
+        batch, node = self._home(tokens)
+        while batch.pins.depth[node] > depth:
+            node = batch.pins.parent[node]
+        assert batch.pins.depth[node] == depth
+        assert all(batch.node_id(at) in self._cached for at in _path(batch, node)), "not there"
+        self.lock(batch, node, 1)
+        return batch, node
+
+    def unpin(
+        self, handle: tuple[Batch, int], depth: int, free_from: int | None, last_use: bool
+    ) -> None:
+        batch, node = handle
+        self.lock(batch, node, -1)
+        while free_from is not None and batch.pins.depth[node] > free_from:
+            name = batch.node_id(node)
+            if self._locks[name]:
+                break
+            self.evictable -= self._cached.pop(name)
+            node = batch.pins.parent[node]
+
+    def cached(self, tokens: array[int], namespace: str | None) -> int:
+        batch, node = self._home(tokens)
+        depth = 0
+        for at in _path(batch, node):
+            if batch.node_id(at) not in self._cached:
+                break
+            depth = batch.pins.depth[at]
+        return depth
 
     def locked(self, tokens: array[int], namespace: str | None) -> int:
-        node = self._home[id(tokens)]
-        while node and not self._locks[node]:
-            node = self._parent[node]
-        return self._depth[node]
+        batch, node = self._home(tokens)
+        while node and not self._locks[batch.node_id(node)]:
+            node = batch.pins.parent[node]
+        return batch.pins.depth[node]
+
+    def hold_text(self, tokens: array[int], namespace: str | None) -> tuple[None, int]:
+        return None, 0  # the model knows of no programs
+
+    def release_text(self, handle: None) -> None: ...
+
+    def _home(self, tokens: array[int]) -> tuple[Batch, int]:
+        member = member_of(self._owner[id(tokens)])
+        assert member is not None
+        assert member.batch is not None
+        return member.batch, member.home
+
+
+def _named(batch: Batch | None, node: int) -> int:
+    assert batch is not None
+    return batch.node_id(node)
+
+
+def _path(batch: Batch, node: int) -> list[int]:
+    """The nodes from the root's child down to `node`."""
+    path = []
+    while node != ROOT:
+        path.append(node)
+        node = batch.pins.parent[node]
+    return path[::-1]

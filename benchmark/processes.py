@@ -1,14 +1,20 @@
-"""Each side of a benchmark in a process of its own."""
+"""Each side of a benchmark in a process of its own, and what is done in its scheduler's."""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
+import psutil
 
-def results_of(run: Callable[..., None], *args: Any) -> Iterator[Any]:
-    """What `run(*args, pipe)` sends through `pipe`, in a fresh process that is gone at the end."""
+
+def results_of(run: Callable[..., None], *args: Any) -> Generator[Any, None, None]:
+    """What `run(*args, pipe)` sends through `pipe`, in a fresh process that is gone at the end.
+
+    Closing the generator ends the process and all that it started. Raises RuntimeError if it fails.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=run, args=(*args, sender))
@@ -16,6 +22,40 @@ def results_of(run: Callable[..., None], *args: Any) -> Iterator[Any]:
     sender.close()
     try:
         while True:
-            yield receiver.recv()
-    except EOFError:
+            try:
+                result = receiver.recv()
+            except EOFError:
+                break
+            yield result
         process.join()
+    finally:
+        if process.is_alive():
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{run.__name__} ended with exit code {process.exitcode}, see above")
+
+
+def in_scheduler(engine_class: Any, prepare: Callable[..., None], *args: Any) -> None:
+    """Engines made from `engine_class` from now on call `prepare(*args)` in the scheduler's process
+    before it begins, and before what earlier calls have asked for. All must be picklable."""
+    inner = engine_class.run_scheduler_process_func
+    prepared = functools.partial(_prepared, inner, functools.partial(prepare, *args))
+    engine_class.run_scheduler_process_func = staticmethod(prepared)
+
+
+def stock_scheduler() -> Any:
+    """SGLang's own scheduler, though a plugin may have its name by now; what is wrapped in it is
+    wrapped on either side."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    return next(kind for kind in Scheduler.__mro__ if kind.__module__.startswith("sglang.srt."))
+
+
+def _prepared(
+    inner: Callable[..., None], prepare: Callable[[], None], *args: Any, **kwargs: Any
+) -> None:
+    prepare()
+    inner(*args, **kwargs)

@@ -20,7 +20,7 @@ from typing import Any
 
 from batches import CASES, Batch, TraceSample
 from cost_model import CostModel, Work, fit, graph_limit_of, steps_of
-from engine_model import EngineModel, Policy
+from engine_model import Policy, list_model
 from roofline import DEFAULT_KV_TOKENS, LLAMA_8B, floor
 from steps import Step
 
@@ -37,7 +37,7 @@ def simulate(batch: Batch, policy: Policy) -> list[Work]:
     """The steps that run `batch` to the end."""
     prompts = batch.prompts(LLAMA_8B.vocab)
     capacity = batch.kv_tokens or DEFAULT_KV_TOKENS
-    return EngineModel(prompts, batch.outputs(), capacity, policy).run()
+    return list_model(prompts, batch.outputs(), capacity, policy, batch.limit)[0].run()
 
 
 def compare(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

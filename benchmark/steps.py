@@ -8,13 +8,12 @@ takes to write a line (some 0.1 ms per thousand requests).
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_PATH_VARIABLE = "BATCHLLM_BENCHMARK_STEPS"
+from processes import in_scheduler, stock_scheduler
 
 
 @dataclass(frozen=True)
@@ -42,20 +41,20 @@ class Step:
 
 def record_steps(engine_class: Any, path: Path) -> None:
     """Engines made from `engine_class` from now on append their steps to the file `path`."""
-    os.environ[_PATH_VARIABLE] = str(path)
-    engine_class.run_scheduler_process_func = staticmethod(_recorded_scheduler_process)
+    in_scheduler(engine_class, _record, path)
 
 
 def read_steps(path: Path) -> list[Step]:
     return [Step(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def _recorded_scheduler_process(*args: Any, **kwargs: Any) -> None:
-    from sglang.srt.managers import scheduler
+def _record(path: Path) -> None:
+    from sglang_batchllm.edge import seams
 
-    stock = scheduler.Scheduler
+    seam = seams.load("scheduler")
+    stock = stock_scheduler()
     choose, launch, idle = stock.get_next_batch_to_run, stock.run_batch, stock.on_idle
-    file = open(os.environ[_PATH_VARIABLE], "a")  # noqa: SIM115
+    file = path.open("a")
     schedule_ms = 0.0
 
     def timed_choose(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +73,7 @@ def _recorded_scheduler_process(*args: Any, **kwargs: Any) -> None:
         if batch.forward_mode.is_extend():  # a mixed batch has its decoding rows last
             count = len(batch.reqs) - len(batch.decoding_reqs or ())
             prefilling, decoding = batch.reqs[:count], batch.reqs[count:]
-        ranges = [(req.extend_range.start, req.extend_range.end) for req in prefilling]
+        ranges = [seam.step_of(req) for req in prefilling]
         allocator = self.token_to_kv_pool_allocator
         free = allocator.available_size() + self.tree_cache.evictable_size()
         step = Step(
@@ -99,4 +98,3 @@ def _recorded_scheduler_process(*args: Any, **kwargs: Any) -> None:
     stock.get_next_batch_to_run = timed_choose
     stock.run_batch = recorded_launch
     stock.on_idle = flushing_idle
-    scheduler.run_scheduler_process(*args, **kwargs)

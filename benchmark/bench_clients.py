@@ -1,0 +1,162 @@
+"""Many HTTP clients with one request each at a time: what --batchllm makes of a stream.
+
+    python benchmark/bench_clients.py --clients 100 200 --out FILE      a tiny model, on any machine
+    python benchmark/bench_clients.py --model PATH --out FILE -- --load-format dummy
+
+Nobody knows the batch beforehand here: every client sends the next prompt of a common, shuffled
+list once its last answer is there. Counted are the forward steps that the server takes, prompt
+tokens computed, requests per second and latency, on stock SGLang and on --batchllm, each in a
+fresh process, after a round to warm up. What follows a `--` goes to both servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from batches import Case
+from processes import results_of
+from results_file import ResultFile, Row
+from steps import Step, read_steps, record_steps
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+VOCABULARY = 512
+SIDES = ("batchllm", "stock")
+ROUNDS = 8
+"""Requests of each client."""
+
+
+def case_of(clients: int) -> Case:
+    """Groups of eight; lengths of outputs differ, so that clients do not go in step."""
+    return Case(f"{clients} clients", clients * ROUNDS, 8, 200, 20, 16, longest_output=64)
+
+
+def run_side(flags: list[str], side: str, clients: Sequence[int]) -> Iterator[Row]:
+    """Serve every case on one side; a row per case."""
+    steps_file = Path(tempfile.mkdtemp()) / "steps"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = [*flags, "--port", str(port), *(["--batchllm"] if side == "batchllm" else [])]
+    server = results_of(serve, flags, steps_file)
+    with contextlib.closing(server):
+        vocabulary = next(server)
+        for count in clients:
+            case = case_of(count)
+            url = f"http://127.0.0.1:{port}"
+            started, seconds, answers = asyncio.run(measure(url, case, count, vocabulary))
+            time.sleep(1)  # until the scheduler is idle and has flushed its file
+            ran = [step for step in read_steps(steps_file) if step.start >= started]
+            yield {"case": case.name, "side": side, **figures(answers, ran, seconds)}
+
+
+def serve(flags: list[str], steps_file: Path, pipe: Any) -> None:
+    """Run a server that records its steps; sends the size of its vocabulary once it is up."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.server_args import prepare_server_args
+
+    record_steps(Engine, steps_file)
+    args = prepare_server_args([*flags, "--log-level", "error"])
+    launch_server(
+        args,
+        run_scheduler_process_func=Engine.run_scheduler_process_func,
+        launch_callback=lambda: pipe.send(args.get_model_config().vocab_size),
+    )
+
+
+async def measure(
+    url: str, case: Case, clients: int, vocabulary: int
+) -> tuple[float, float, list[tuple[float, Row]]]:
+    """When the case began, the seconds it took, and its answers; after a round to warm up."""
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as http:
+        warm_up = replace(case, requests=clients // case.sharing_degree * case.sharing_degree)
+        await run_clients(http, warm_up, clients, vocabulary, seed=1)
+        await http.post("/flush_cache")
+        started = time.perf_counter()
+        answers = await run_clients(http, case, clients, vocabulary, seed=0)
+        return started, time.perf_counter() - started, answers
+
+
+async def run_clients(
+    http: Any, case: Case, clients: int, vocabulary: int, seed: int
+) -> list[tuple[float, Row]]:
+    """Seconds and meta information of every answer to `clients` that ask without a pause."""
+    prompts = zip(case.prompts(vocabulary, seed), case.outputs(), strict=True)
+    answers: list[tuple[float, Row]] = []
+
+    async def client() -> None:
+        for prompt, output in prompts:  # one iterator for all of them
+            sampling = {"temperature": 0, "max_new_tokens": output, "ignore_eos": True}
+            body = {"input_ids": prompt, "sampling_params": sampling}
+            sent = time.perf_counter()
+            async with http.post("/generate", json=body) as response:
+                answer = await response.json()
+            answers.append((time.perf_counter() - sent, answer["meta_info"]))
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return answers
+
+
+def figures(answers: list[tuple[float, Row]], steps: list[Step], seconds: float) -> Row:
+    def mean(values: list[int]) -> float:
+        return round(sum(values) / max(len(values), 1), 2)
+
+    prefills = [step for step in steps if step.prefill_tokens]
+    decodes = [step for step in steps if not step.prefill_tokens]
+    latencies = [latency for latency, _ in answers]
+    return {
+        "requests": len(answers),
+        "seconds": round(seconds, 3),
+        "requests_per_second": round(len(answers) / seconds, 2),
+        "prefill_steps": len(prefills),
+        "decode_steps": len(decodes),
+        "requests_per_prefill_step": mean([step.prefill_requests for step in prefills]),
+        "requests_per_decode_step": mean([step.decode_requests for step in decodes]),
+        "computed_tokens": sum(a["prompt_tokens"] - a["cached_tokens"] for _, a in answers),
+        "latency_p50_seconds": round(float(np.median(latencies)), 3),
+        "latency_p99_seconds": round(float(np.quantile(latencies, 0.99)), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", help="a model folder, instead of a tiny random one")
+    parser.add_argument("--clients", nargs="+", type=int, default=[100, 200])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--out", type=Path, help="put the rows into this file")
+    parser.add_argument("flags", nargs="*", metavar="FLAG")
+    args = parser.parse_args()
+
+    from tiny_model import make_tiny_model
+
+    model = args.model
+    flags = list(args.flags)
+    if model is None:
+        model = make_tiny_model(Path(tempfile.mkdtemp()), [__doc__ or ""], VOCABULARY, 2048)
+        flags += ["--dtype", "float32", "--max-total-tokens", "400000"]
+    rows = ResultFile(args.out, ("case", "side"))
+    for side in args.sides:
+        for row in run_side(["--model-path", str(model), *flags], side, args.clients):
+            print(json.dumps(rows.add(row)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
