@@ -11,6 +11,7 @@ import argparse
 import ast
 import contextlib
 import itertools
+import logging
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,9 @@ CONTEXT_LENGTH = 8192
 DOCUMENT_CHARS = (1200, 4000)
 """Shorter documentation is left out, longer is cut: about 300 to 1,000 tokens remain."""
 ANSWER_TOKENS = 16
+KV_TOKENS = 8192
+"""Room of the tiny model's servers: for about a third of the documents, so that memory counts."""
+STOP_SECONDS = 1.0
 
 QUESTIONS = [
     "What is this module for?",
@@ -58,6 +63,9 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, stop_servers_and_exit)
 
+    # Python 3.12 has something to say of a package of SGLang's whenever it is first imported.
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+
     documents = choose_documents(options.documents)
     table = [
         {"document": document, "question": question}
@@ -65,6 +73,10 @@ def main() -> None:
     ]
     random.Random(SEED).shuffle(table)
     print(f"{len(table)} prompts: {options.documents} documents x {options.questions} questions")
+    if options.model is None:
+        print(
+            f"The servers have room for the KV of {KV_TOKENS:,} tokens, fewer than the documents."
+        )
 
     flags = ["--model-path", options.model or str(tiny_model()), *options.server_flags]
     if options.model is None:
@@ -116,18 +128,19 @@ def library_texts() -> Iterator[str]:
             yield "\n\n".join(docstrings(module, name))
 
 
-def docstrings(node: ast.Module | ast.ClassDef | ast.stmt, name: str) -> Iterator[str]:
+Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def docstrings(node: ast.Module | Documented, name: str) -> Iterator[str]:
     """The docstring of `node` and of all that is public in it, each under its dotted name."""
-    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        return
     text = ast.get_docstring(node)
     if text:
         yield f"{name}: {text}"
     if isinstance(node, ast.Module | ast.ClassDef):
         for child in node.body:
-            child_name = getattr(child, "name", "_")
-            if not child_name.startswith("_"):
-                yield from docstrings(child, f"{name}.{child_name}")
+            # A type alias (Python 3.12) has a name too, which is no string.
+            if isinstance(child, Documented) and not child.name.startswith("_"):
+                yield from docstrings(child, f"{name}.{child.name}")
 
 
 # Model
@@ -135,11 +148,11 @@ def docstrings(node: ast.Module | ast.ClassDef | ast.stmt, name: str) -> Iterato
 
 def tiny_model() -> Path:
     """The folder of a random Llama of two layers and a tokenizer trained on the documents."""
-    folder = WORK_DIR / "tiny-llama"
+    folder = WORK_DIR / "tiny-chat-llama"
     if folder.exists():
         return folder
     print("Making a tiny random Llama and its tokenizer ...", flush=True)
-    unfinished = WORK_DIR / "tiny-llama.unfinished"
+    unfinished = folder.with_suffix(".unfinished")
     make_tiny_model(
         unfinished, library_texts(), VOCAB_SIZE, CONTEXT_LENGTH, hidden_size=128, head_dim=64
     )
@@ -148,10 +161,10 @@ def tiny_model() -> Path:
 
 
 def tiny_model_flags() -> list[str]:
-    """Room for the whole table; on a CPU, a type in which answers can be compared exactly."""
+    """Scarce memory; on a CPU, a type in which answers can be compared exactly."""
     import torch
 
-    flags = ["--max-total-tokens", "131072"]
+    flags = ["--max-total-tokens", str(KV_TOKENS)]
     if torch.accelerator.is_available():
         return flags
     # Matrices this small gain nothing from threads, and lose much where cores are shared.
@@ -205,12 +218,12 @@ class Server:
                 time.sleep(0.2)
 
     def stop(self) -> None:
-        """End every process of the server, politely at first."""
+        """End every process of the server: politely for a second, then at once, since a server
+        that is asked to end finishes its requests first."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + 10
-        while self._process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -221,6 +234,7 @@ def stop_servers_and_exit(signum: int, _: FrameType | None) -> None:
     """On Ctrl-C: `run_batch` would first wait for all its threads, so leave without them."""
     for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(other, signal.SIG_IGN)
+    logging.disable()  # that requests break off now is no news
     if Server.running is not None:
         Server.running.stop()
     os._exit(128 + signum)
@@ -271,7 +285,7 @@ def run_table(url: str, table: list[dict[str, str]], with_batchllm: bool) -> Out
     program: Any = sgl.function(answer_question)
     began, clock = time.time(), time.monotonic()
     states = program.run_batch(
-        table, backend=sgl.RuntimeEndpoint(url), temperature=0, progress_bar=True
+        table, backend=sgl.RuntimeEndpoint(url), temperature=0, progress_bar=sys.stderr.isatty()
     )
     seconds = time.monotonic() - clock
     for state in states:
@@ -290,7 +304,7 @@ def run_table(url: str, table: list[dict[str, str]], with_batchllm: bool) -> Out
 
 def batch_reports(url: str, began: float) -> list[dict[str, Any]]:
     """The reports of what the server ran since the time `began`."""
-    from sglang_batchllm.frontend.report import get_report
+    from sglang_batchllm import get_report
 
     deadline = time.monotonic() + 5
     # The last answer may be here just before its batch is closed.
@@ -349,6 +363,11 @@ def show_comparison(ours: Outcome, stock: Outcome) -> None:
         print(f"  {name:<24} {ours_value:>12} {stock_value:>12}")
     same = sum(a == b for a, b in zip(ours.answers, stock.answers, strict=True))
     print(f"  answers identical: {same} of {len(ours.answers)}")
+    print(
+        "\nWith --batchllm a document is computed once for all of its questions; without, it is "
+        "computed again\nwhenever the next question comes before it is in the cache, or after it "
+        "was evicted from there."
+    )
 
 
 if __name__ == "__main__":

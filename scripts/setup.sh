@@ -1,9 +1,12 @@
 # Sourced by the scripts beside it. `setup_environment` makes .venv in the repository root, with
 # this package (editable) and its test tools in it, from nothing but Python and PyPI.
+#
+# Variables of the environment choose others: PYTHON the interpreter to make it from, VENV its
+# folder, and SGLANG the release of SGLang, without which it is the newest that is supported.
 # shellcheck shell=bash
 
 repo_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-venv="$repo_root/.venv"
+venv="${VENV:-$repo_root/.venv}"
 
 # A server imports thousands of modules in each of its processes: without saved bytecode, which
 # containers often turn off, it takes twice as long to start.
@@ -12,7 +15,7 @@ unset PYTHONDONTWRITEBYTECODE
 setup_environment() {
     # What the installation depends on; a moved repository breaks an editable install.
     local wanted stamp="$venv/.installed-for"
-    wanted="$repo_root"$'\n'"$(<"$repo_root/pyproject.toml")"
+    wanted="$repo_root"$'\n'"${SGLANG:-}"$'\n'"$(<"$repo_root/pyproject.toml")"
     if [[ -x "$venv/bin/python" && -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
         return
     fi
@@ -32,7 +35,8 @@ setup_environment() {
         install_uv
         uv="$venv/bin/uv"
     fi
-    "$uv" pip install --python "$venv/bin/python" --editable "${repo_root}[test]"
+    "$uv" pip install --quiet --python "$venv/bin/python" --editable "${repo_root}[test]" \
+        ${SGLANG:+"sglang==$SGLANG"}
     printf '%s\n' "$wanted" >"$stamp"
 }
 
@@ -47,14 +51,19 @@ find_uv() {
     done
 }
 
+# find_python [MINOR...]: the path of a Python 3.MINOR that works, of 3.11 or 3.12 by default.
 find_python() {
-    local candidate
-    local check='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
-    for candidate in python3 python3.12 python3.11; do
-        if "$candidate" -c "$check" >/dev/null 2>&1; then
-            command -v "$candidate"
-            return
-        fi
+    local candidate minor
+    local check='import sys; sys.exit(sys.version_info[:2] != (3, int(sys.argv[1])))'
+    [[ $# -gt 0 ]] || set -- 12 11
+    for candidate in ${PYTHON:+"$PYTHON"} python3 \
+        python3.{12,11} "$HOME"/.pyenv/versions/3.{12,11}.*/bin/python3; do
+        for minor in "$@"; do
+            if "$candidate" -c "$check" "$minor" >/dev/null 2>&1; then
+                command -v "$candidate"
+                return
+            fi
+        done
     done
     return 1
 }

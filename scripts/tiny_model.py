@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+CHAT_TEMPLATE = """\
+{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+
 
 def make_tiny_model(
     folder: Path,
@@ -18,7 +22,9 @@ def make_tiny_model(
     into `folder`, and return that."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     train_tokenizer(folder, texts, vocab_size)
     torch.manual_seed(0)
     num_heads = hidden_size // head_dim
@@ -42,7 +48,8 @@ def make_tiny_model(
 
 
 def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
-    """Write a byte-level BPE tokenizer into `folder`; token 0 begins, token 1 ends a text."""
+    """Write a byte-level BPE tokenizer with a chat template into `folder`; token 0 begins, token 1
+    ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -57,5 +64,8 @@ def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None
     )
     tokenizer.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
