@@ -125,6 +125,16 @@ class Server:
         kill_process_tree(self.process.pid, wait_timeout=30)
 
 
+def flush(source: Any) -> None:
+    """Empty the cache of an engine or a `Server`, once it is idle: answers may arrive while the
+    scheduler still has their requests in its hands, and it refuses to flush then."""
+    if isinstance(source, Server):
+        source.post("/flush_cache?timeout=60", {}).raise_for_status()
+        return
+    flushed = source.loop.run_until_complete(source.tokenizer_manager.flush_cache(timeout_s=60))
+    assert flushed.success
+
+
 def wait_until_whole(source: Any, api_key: str | None = None, seconds: float = 30) -> dict:
     """The report, once every KV slot is free again."""
     deadline = time.monotonic() + seconds

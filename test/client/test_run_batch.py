@@ -17,7 +17,7 @@ from PIL import Image
 from sglang.lang.ir import SglSamplingParams
 
 import programs
-from engines import API_KEY, wait_until_whole
+from engines import API_KEY, flush, wait_until_whole
 from programs import FORMS, arguments
 from prompts import distinct_tokens
 from sglang_batchllm.client import run_batch
@@ -85,7 +85,7 @@ def test_every_form_of_program_gives_what_stock_gives(request, stock, where, for
 
 
 def test_the_next_turn_finds_the_prompt_of_the_first(local, engine):
-    engine.flush_cache()
+    flush(engine)
     states = sgl.function(programs.judge).run_batch(arguments(40), backend=local, **GREEDY)
     for state in states:
         first, second = state.get_meta_info("grade"), state.get_meta_info("why")
@@ -138,8 +138,8 @@ def choose_and_explain(s: Any, document: int, question: int) -> None:
 def test_select_computes_no_more_than_in_stock(engine, local, stock_engine, stock, form):
     """Stock runs one program after the other, in which it computes least."""
     program = sgl.function(form)
-    engine.flush_cache()
-    stock_engine.flush_cache()
+    flush(engine)
+    flush(stock_engine)
     with counting() as ours:
         states = program.run_batch(arguments(24), backend=local, **GREEDY)
     with counting() as theirs:
@@ -194,7 +194,7 @@ def test_2000_programs_compute_each_prompt_token_once(engine, local, stock):
     assert [len(trace.requests) for trace in traces[:3]] == [1, 1, 4]
     prompts = [json.loads(body)["text"] for trace in traces for body in trace.requests]
 
-    engine.flush_cache()
+    flush(engine)
     states = program.run_batch(batch, backend=local, **GREEDY)
     first = [info for state in states for info in state["first"]]
     computed = sum(info["prompt_tokens"] - info["cached_tokens"] for info in first)

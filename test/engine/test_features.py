@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engines import SERVER_PAGE_SIZE
+from engines import SERVER_PAGE_SIZE, flush
 
 PREFIX = list(range(10, 90))
 BATCH = [[*PREFIX, token] for token in range(100, 108)]
@@ -13,7 +13,7 @@ GREEDY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
 
 
 def generate(engine: Any, **options: Any) -> Any:
-    engine.flush_cache()
+    flush(engine)
     options.setdefault("input_ids", BATCH)
     options.setdefault("sampling_params", GREEDY)
     return engine.generate(**options)
@@ -88,7 +88,7 @@ def test_json_schema_mixed_with_plain_requests(engine):
 
 def test_streaming_a_batch(engine):
     whole = generate(engine)
-    engine.flush_cache()
+    flush(engine)
     seen: dict[int, list[int]] = {}
     for chunk in engine.generate(input_ids=BATCH, sampling_params=GREEDY, stream=True):
         seen[chunk["index"]] = chunk["output_ids"]
@@ -106,7 +106,7 @@ def test_a_prompt_that_is_too_long_does_not_harm_the_server(server):
 
 
 def test_prompts_of_different_salts_share_nothing(server):
-    server.post("/flush_cache", {})
+    flush(server)
     body = {"input_ids": BATCH, "sampling_params": GREEDY, "extra_key": ["a", "b"] * 4}
     results = server.post("/generate", body).json()
     computed = sum(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines import MIXING, VOCAB_SIZE
+from engines import MIXING, VOCAB_SIZE, flush
 from forced_decode import force_decode, logprobs_of, model_of, true_logprobs
 from prompts import mixed_batch
 from steps import read_steps, record_steps
@@ -57,7 +57,7 @@ def test_every_decoded_token_is_as_likely_as_in_transformers(
     errors = np.abs(found - true_logprobs(model, prompts, OUTPUT, VOCAB_SIZE))
     print(f"largest error {errors.max():.1e}, median {np.median(errors):.1e}")
     assert errors.max() < TOLERANCE
-    forced_engine.flush_cache()  # and with it the file of steps
+    flush(forced_engine)  # and with it the file of steps
     steps = read_steps(forced_file.with_name("steps"))
     assert sum(step.decode_requests > 0 for step in steps if step.prefill_tokens) > 10
     assert sum(step.decode_requests > 1 for step in steps if not step.prefill_tokens) > 10

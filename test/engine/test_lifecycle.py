@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engines import ABORTED_IN_PREFILL, API_KEY, SERVER_PAGE_SIZE, wait_until_whole
+from engines import ABORTED_IN_PREFILL, API_KEY, SERVER_PAGE_SIZE, flush, wait_until_whole
 from prompts import distinct_tokens, mixed_batch
 from sglang_batchllm.client.get_report import get_report
 
@@ -35,7 +35,7 @@ def undisturbed(engine, batch) -> list[list[int]]:
 def test_aborts_leave_the_others_unchanged(request, kind, delay, batch, undisturbed):
     """Every third request is aborted: queued, in prefill or in decode, as the delay has it."""
     engine = request.getfixturevalue(kind)
-    engine.flush_cache()
+    flush(engine)
     rids = [f"{kind}-{delay}-{i:03d}" for i in range(len(batch))]
     doomed = set(rids[::3])
     # The doomed ask for so much that they are still at it when the abort comes.
@@ -67,9 +67,9 @@ def test_aborting_a_leader_in_prefill_lets_another_compute_the_prefix(
     """The first request of a group is prefilled in chunks of 48 tokens, and aborted after one."""
     prefix = mixed_batch(1, seed=9)[0][:10] + list(range(10, 190))
     batch = [[*prefix, token] for token in range(20, 28)]
-    scarce_engine.flush_cache()
+    flush(scarce_engine)
     expected = scarce_engine.generate(input_ids=batch, sampling_params=greedy(8))
-    scarce_engine.flush_cache()
+    flush(scarce_engine)
     rids = [f"leader-{i}" for i in range(len(batch))]
     sampling = [greedy(8) | ABORTED_IN_PREFILL, *[greedy(8)] * (len(batch) - 1)]
     results = scarce_engine.generate(input_ids=batch, sampling_params=sampling, rid=rids)
@@ -85,7 +85,7 @@ def test_aborting_a_leader_in_prefill_lets_another_compute_the_prefix(
 
 
 def test_a_client_that_vanishes_mid_stream_frees_its_batch(server, batch):
-    server.post("/flush_cache", {})
+    flush(server)
     body = {"input_ids": batch, "sampling_params": greedy(400), "stream": True}
     with server.post("/generate", body, stream=True) as response:
         assert next(response.iter_lines())
@@ -107,7 +107,7 @@ def test_abort_all(server, batch):
 def test_lone_requests_are_gathered_and_planned(server):
     """Many clients at once share prefixes like one batch does; later ones use SGLang's cache."""
     batch = mixed_batch(80, seed=11)
-    server.post("/flush_cache", {})
+    flush(server)
     before = get_report(server.url, API_KEY)["total"]
     barrier = threading.Barrier(len(batch))
 

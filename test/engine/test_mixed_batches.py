@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from engines import flush
 from prompts import distinct_tokens, mixed_batch
 from steps import read_steps
 
@@ -21,7 +22,7 @@ def test_outputs_are_those_of_stock_sglang(
     ]
     runs = {}
     for engine in (stock_engine, mixing_engine):
-        engine.flush_cache()
+        flush(engine)
         runs[engine] = engine.generate(input_ids=prompts, sampling_params=sampling)
         with_logprobs = engine.generate(
             input_ids=prompts[:20], sampling_params=sampling[:20], return_logprob=True
@@ -41,7 +42,7 @@ def test_the_last_layer_ends_in_one_row_per_request(
 ) -> None:
     prompts = mixed_batch(40)
     mixing_engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 6})
-    mixing_engine.flush_cache()
+    flush(mixing_engine)
     steps = read_steps(steps_file)
     rows = [int(line) for line in last_layer_file.read_text().splitlines()]
     assert rows == [step.prefill_requests + step.decode_requests for step in steps]

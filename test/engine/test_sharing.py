@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from engines import API_KEY, SCARCE, SERVER_PAGE_SIZE
+from engines import API_KEY, SCARCE, SERVER_PAGE_SIZE, flush
 from prompts import distinct_tokens, mixed_batch
 from sglang_batchllm.client.get_report import get_report
 
@@ -52,7 +52,7 @@ def assert_pool_is_whole(report: dict[str, Any]) -> None:
 
 
 def run(engine: Any, batch: list[list[int]]) -> list[dict[str, Any]]:
-    engine.flush_cache()
+    flush(engine)
     return engine.generate(input_ids=batch, sampling_params=GREEDY)
 
 
@@ -86,7 +86,7 @@ def test_a_list_that_comes_again_finds_its_prompts(engine, batch):
     """While there is room, what a list leaves stays; its report says so."""
     again = batch[:8]
     before = get_report(engine)["total"]
-    engine.flush_cache()
+    flush(engine)
     first = run(engine, again)
     second = engine.generate(input_ids=again, sampling_params=GREEDY)
     assert output_ids(second) == output_ids(first)
@@ -108,7 +108,7 @@ def test_scarce_memory_is_really_scarce(scarce_engine, batch, expected, hint):
     the caller promises far too little, requests are retracted, and still end well."""
     wide = [p for p in batch if len(p) > 60][:24]
     long_outputs = {**GREEDY, "max_new_tokens": 120}
-    scarce_engine.flush_cache()
+    flush(scarce_engine)
     rids = [f"wide-{index}{hint}" for index in range(len(wide))]
     results = scarce_engine.generate(input_ids=wide, sampling_params=long_outputs, rid=rids)
     last = get_report(scarce_engine)["batches"][-1]
@@ -123,7 +123,7 @@ def test_scarce_memory_is_really_scarce(scarce_engine, batch, expected, hint):
 
 
 def test_http_with_pages_of_16_gives_the_same(server, batch, expected):
-    server.post("/flush_cache", {})
+    flush(server)
     results = server.post("/generate", {"input_ids": batch, "sampling_params": GREEDY}).json()
     assert output_ids(results) == expected
     assert computed_tokens(results) == distinct_tokens(batch, SERVER_PAGE_SIZE)
@@ -134,7 +134,7 @@ def test_http_with_pages_of_16_gives_the_same(server, batch, expected):
 
 def test_text_prompts_travel_as_one_batch(engine, batch):
     texts = [f"An introduction. {'word ' * 40}Question {i % 20}?" for i in range(60)]
-    engine.flush_cache()
+    flush(engine)
     results = engine.generate(prompt=texts, sampling_params=GREEDY)
     ids = [engine.tokenizer_manager.tokenizer.encode(text) for text in texts]
     assert computed_tokens(results) == distinct_tokens(ids)
@@ -146,14 +146,14 @@ def test_deep_nesting(engine):
     """Every prompt a prefix of the next: a chain of groups 120 levels deep."""
     whole = mixed_batch(1, seed=5)[0][:1] + list(range(2, 242))
     chain = [whole[:length] for length in range(2, 242, 2)]
-    engine.flush_cache()
+    flush(engine)
     results = engine.generate(input_ids=chain[::-1], sampling_params=GREEDY)
     assert computed_tokens(results) == distinct_tokens(chain)
     assert_pool_is_whole(get_report(engine))
 
 
 def test_prefixes_cached_before_a_batch_are_used_and_kept(engine, batch):
-    engine.flush_cache()
+    flush(engine)
     prompt = max(batch, key=len)
     engine.generate(input_ids=prompt, sampling_params=GREEDY)
     before = get_report(engine)["kv_tokens"]["evictable"]
