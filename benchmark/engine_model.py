@@ -18,6 +18,7 @@ from kv_model import KVPool, Request, make_request
 from sglang_batchllm.policy.batch import Member, member_of
 from sglang_batchllm.policy.core import Arrival, BatchPolicy, Limits, View
 from sglang_batchllm.policy.pins import ROOT
+from sglang_batchllm.policy.requests import Turn
 
 MAX_PREFILL_TOKENS = 16384
 """SGLang's default."""
@@ -56,11 +57,11 @@ class EngineModel:
 
     # Requests
 
-    def submit_list(self, requests: Sequence[Request]) -> None:
-        """Requests of one call."""
+    def submit_list(self, requests: Sequence[Request], turn: Turn | None = None) -> None:
+        """Requests of one call. turn: their part in a program."""
         for request in requests:
             self._queue(request)
-        self.policy.list_arrived([Arrival(r, None, True) for r in requests], requests)
+        self.policy.list_arrived([Arrival(r, turn, True) for r in requests], requests)
 
     def submit(self, request: Request, shareable: bool = True) -> None:
         """A request by itself."""

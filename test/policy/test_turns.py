@@ -102,6 +102,47 @@ def test_later_turns_wait_for_no_wave():
     assert later.own == 100
 
 
+def yielding(engine: EngineModel, requests: list[Request]) -> None:
+    engine.submit_list(requests, Turn("once", "batch", 0, yields=True))
+
+
+@pytest.mark.parametrize("shareable", [True, False])
+def test_a_list_that_yields_leaves_the_next_step_to_what_arrives(shareable):
+    engine = EngineModel(10**6, Policy(chunk=512))
+    batch = requests_of(200, 100)
+    yielding(engine, batch)
+    for _ in range(3):
+        engine.step()
+    lone = requests_of(1, 50, first=10_000)
+    engine.submit(lone[0], shareable)
+    time.sleep(0.003)  # until it has gathered
+    before = engine.works[-1]
+    engine.step()
+    assert before.prefill_tokens == 512
+    assert engine.works[-1].prefill_tokens < 512 and lone[0].computed == 50
+
+
+def test_a_list_that_yields_gets_every_other_step_beside_a_stream():
+    engine = EngineModel(10**6, Policy(chunk=512, mixed=True))
+    batch = requests_of(200, 100)
+    yielding(engine, batch)
+    lone = iter(requests_of(1000, 50, first=10_000))
+    steps = steps_until_all_have_run(
+        engine, batch, lambda: engine.submit(next(lone), False), len(batch) * 5
+    )
+    assert steps <= 2 * 200 * 100 / (512 - 50) + 2 * OUTPUT
+
+
+def test_memory_is_saved_up_for_those_that_a_list_yields_to():
+    engine = EngineModel(POOL, Policy(chunk=512))
+    yielding(engine, requests_of(400, 90))
+    for _ in range(30):
+        engine.step()
+    large = requests_of(1, 1500, first=10_000)
+    engine.submit(large[0], False)
+    assert steps_until_all_have_run(engine, large, lambda: None, 1000) <= 2 * OUTPUT + 8
+
+
 def waves(count: int, size: int) -> tuple[BatchPolicy, list[Request]]:
     """Gathered requests that run, in `count` batches."""
     engine = EngineModel(10**9, Policy(chunk=10**9, max_running=10**9))

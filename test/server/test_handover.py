@@ -62,7 +62,7 @@ class Front:
         self.answered.set()
         return Reply(200, {"text": text, "meta_info": {}})
 
-    async def send(self, batch: str, requests: Sequence[Any], turns: dict) -> None:
+    async def send(self, batch: str, requests: Sequence[Any], turns: dict, yields: bool) -> None:
         self.sent.append([request.text for request in requests])
         self.turns.append(turns)
         self._sent.set()

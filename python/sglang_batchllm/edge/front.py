@@ -109,8 +109,9 @@ class Front:
         batch: str,
         requests: Sequence[TokenizedGenerateReqInput],
         turns: dict[str, tuple[str, int]],
+        yields: bool,
     ) -> None:
-        self._manager._dispatch_to_scheduler(NameTurns(batch=batch, turns=turns))
+        self._manager._dispatch_to_scheduler(NameTurns(batch=batch, turns=turns, yields=yields))
         await self._manager.send_list([*requests])
         for request in requests:
             request.input_ids = None  # SGLang keeps the request until it is answered

@@ -10,11 +10,12 @@ class NameTurns(BaseReq, kw_only=True):
     in a client's hands carry no rights.
 
     turns: for each request id the turn ("once" if nothing continues its text, "first", or "later"
-    for one that came by itself) and the program that asks.
+    for one that came by itself) and the program that asks. yields: all others go first.
     """
 
     batch: str
     turns: dict[str, tuple[str, int]]
+    yields: bool = False
 
 
 class ReleaseTexts(BaseReq, kw_only=True):

@@ -98,7 +98,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
 
     def name_turns(self, recv_req: NameTurns) -> None:
         for rid, (kind, program) in recv_req.turns.items():
-            self._turns[rid] = Turn(kind, recv_req.batch, program)  # type: ignore[arg-type]
+            self._turns[rid] = Turn(kind, recv_req.batch, program, recv_req.yields)  # type: ignore[arg-type]
 
     def release_texts(self, recv_req: ReleaseTexts) -> None:
         self._policy.release_texts(recv_req.batch, recv_req.programs)

@@ -105,9 +105,9 @@ class Server:
         return await self._get(REPORT_PATH)
 
     async def run_list(self, requests: Sequence[Request]) -> Answers:
-        """Have requests planned and run together, by a server of ours: row and answer as they
-        finish. Closing the iterator aborts what remains. Raises ServerLostError, BusyError, and
-        JobError with its answer where it refuses the list."""
+        """Have requests planned and run together, by a server of ours, which lets all others go
+        first: row and answer as they finish. Closing the iterator aborts what remains. Raises
+        ServerLostError, BusyError, and JobError with its answer where it refuses the list."""
         lines = (
             request_line(place, request.body, False, request.url)
             for place, request in enumerate(requests)
@@ -117,7 +117,7 @@ class Server:
         )
         try:
             async with self._open.post(
-                f"{self.url}{RUN_PATH}/{new_batch_id()}",
+                f"{self.url}{RUN_PATH}/{new_batch_id()}?yields=true",
                 data=_body(lines),
                 headers={"Content-Type": "application/x-ndjson"},
                 timeout=timeout,

@@ -94,6 +94,7 @@ class Batch:
     name: the list's, if it was handed over with programs.
     whole: handed over in one call, so that nobody waits for one of the requests alone.
     later: they are later turns of programs.
+    yields: all others go first.
     continued: for each request whether its text stays in memory for a later turn, see
         `texts.HeldTexts`.
     members: in the order of the plan's indices; None once a request has ended.
@@ -127,6 +128,7 @@ class Batch:
         self.name = next((turn.batch for turn in turns if turn), "")
         self.whole = whole
         self.later = any(turn and turn.kind == "later" for turn in turns)
+        self.yields = all(turn and turn.yields for turn in turns)
         self.continued = np.array([bool(turn and turn.kind != "once") for turn in turns])
         requests = [member.request for member in members]
         self.hints = np.array([hinted_output(request.rid) for request in requests])

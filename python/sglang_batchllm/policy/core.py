@@ -140,7 +140,7 @@ class BatchPolicy:
         if member is None:
             member = self._note(arrival)
         self._intake.arrive(member, arrival.shareable)
-        self._look_again |= bool(self.texts)
+        self._look_again |= bool(self.texts) or bool(self._intake.yielding)
 
     def departed(self, requests: Iterable[Request]) -> None:
         """Requests do not wait any more, and have not run: aborted, or timed out."""

@@ -70,7 +70,8 @@ class Gathering:
 class Intake:
     """Every request that waits, by how it is to be scheduled.
 
-    later: batches of later turns of programs, which go before all lanes.
+    later: batches of later turns of programs, which go before all lanes. yielding: lists that go
+    after them.
 
     A request that arrives alone joins a gathering, which is planned together after
     `gather_seconds` at most, or when arrivals pause, but not before the gathered requests ahead of
@@ -83,6 +84,7 @@ class Intake:
         self._plan = plan
         self._agree = agree
         self.later = Lane()
+        self.yielding = Lane()
         self._lists = Lane()
         self._gathered = Lane()
         self._single: dict[int, Member] = {}  # by identity
@@ -106,7 +108,12 @@ class Intake:
 
     @property
     def waits(self) -> bool:
-        return self.gathering or bool(self.later) or any(map(self.waits_in, LANES))
+        return (
+            self.gathering
+            or bool(self.later)
+            or any(map(self.waits_in, LANES))
+            or bool(self.yielding)
+        )
 
     def batches_waiting(self) -> list[Batch]:
         """Batches of which requests wait."""
@@ -114,16 +121,18 @@ class Intake:
             *self.later.batches(),
             *self._lists.batches(),
             *self._gathered.batches(),
+            *self.yielding.batches(),
         ]
 
     @staticmethod
     def lane_of(member: Member) -> LaneName | None:
-        """None for a later turn."""
-        if member.batch is None:
+        """None for a later turn, and for a list that yields."""
+        batch = member.batch
+        if batch is None:
             return "single"
-        if member.batch.whole:
-            return "lists"
-        return None if member.batch.later else "gathered"
+        if batch.yields or (batch.later and not batch.whole):
+            return None
+        return "lists" if batch.whole else "gathered"
 
     def arrive(self, member: Member, shareable: bool) -> None:
         """A request is to be scheduled: new, or back after a retraction.
@@ -134,7 +143,10 @@ class Intake:
         if batch is not None:
             batch.enqueue(member)
             lane = self.lane_of(member)
-            (self.later if lane is None else self.lane(lane)).add(batch)
+            if lane is not None:
+                self.lane(lane).add(batch)
+            else:
+                (self.yielding if batch.yields else self.later).add(batch)
         elif not shareable:
             self._single[id(member)] = member
         elif member.turn is not None and member.turn.kind == "later":

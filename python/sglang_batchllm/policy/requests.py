@@ -43,9 +43,10 @@ class Turn(NamedTuple):
 
     kind: "once" if nothing will continue the request's text, else "first" for one of the list that
     was handed over and "later" for one that came by itself. batch: the list's name. program: which
-    of its programs asks.
+    of its programs asks. yields: all others go first.
     """
 
     kind: Literal["once", "first", "later"]
     batch: str
     program: int
+    yields: bool = False

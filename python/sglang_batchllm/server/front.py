@@ -40,9 +40,13 @@ class FrontEnd(Protocol):
         ...
 
     async def send(
-        self, batch: str, requests: Sequence[Prepared], turns: dict[str, tuple[str, int]]
+        self,
+        batch: str,
+        requests: Sequence[Prepared],
+        turns: dict[str, tuple[str, int]],
+        yields: bool,
     ) -> None:
-        """Send requests to the scheduler, which plans them together. turns: see
+        """Send requests to the scheduler, which plans them together. turns, yields: see
         `messages.NameTurns`."""
         ...
 

@@ -42,14 +42,20 @@ class HandOver:
     errors, but they reach the scheduler in one message, which plans them together.
 
     In order: `add` and `finish`, `answers`, and `abandon` in any case. `registry.Registry` makes
-    them. open_batches: by id; this one leaves it when it is abandoned.
+    them. yields: all others go first. open_batches: by id; this one leaves it when it is abandoned.
     """
 
     def __init__(
-        self, front: FrontEnd, batch: str, share: Share, open_batches: dict[str, HandOver]
+        self,
+        front: FrontEnd,
+        batch: str,
+        yields: bool,
+        share: Share,
+        open_batches: dict[str, HandOver],
     ):
         self._front = front
         self._batch = batch
+        self._yields = yields
         self._share = share
         self._open_batches = open_batches
         self._lines = LineSplitter()
@@ -161,7 +167,7 @@ class HandOver:
         prepared, self._prepared = self._prepared, []
         if prepared:
             turns = {request.rid: self._turns[request.rid] for request in prepared}
-            await self._front.send(self._batch, prepared, turns)
+            await self._front.send(self._batch, prepared, turns, self._yields)
 
     async def _run(self, index: int, rid: str, request: Request) -> None:
         def take(prepared: Prepared) -> None:

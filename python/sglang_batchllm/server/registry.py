@@ -17,17 +17,17 @@ class Registry:
         self._room = room or Room()
         self._open: dict[str, HandOver] = {}
 
-    def begin(self, batch: str) -> HandOver:
+    def begin(self, batch: str, yields: bool = False) -> HandOver:
         """A new hand-over, which is open until it is abandoned.
 
-        batch: an id of `wire.request_ids.new_batch_id`. Raises RefusedError for any other (400) and
-        for one that is in use (409).
+        batch: an id of `wire.request_ids.new_batch_id`. yields: all others go first. Raises
+        RefusedError for any other id (400) and for one that is in use (409).
         """
         if not is_batch_id(batch):
             raise RefusedError(400, "a batch id is 32 hexadecimal digits in lower case")
         if batch in self._open:
             raise RefusedError(409, f"batch {batch} is in use; take a new id for each hand-over")
-        handover = HandOver(self.front, batch, Share(self._room), self._open)
+        handover = HandOver(self.front, batch, yields, Share(self._room), self._open)
         self._open[batch] = handover
         return handover
 

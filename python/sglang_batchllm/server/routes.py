@@ -74,14 +74,15 @@ def add_routes(app: FastAPI, registry: Callable[[], Registry]) -> None:
         """How many requests the server runs at a time."""
         return await limits(registry().front)
 
-    async def run(batch: BatchId, request: Request) -> Response:
+    async def run(batch: BatchId, request: Request, yields: bool = False) -> Response:
         """Run a list of requests that are planned together. The body has a line of JSON for each;
         so has the response, as requests finish, and empty lines while there is nothing to send.
         It ends once every request is answered and every program that was to send more has ended.
+        With `yields` all other requests of the server go first.
         Closing the connection aborts what remains."""
         chunks = request.stream()
         try:
-            handover = registry().begin(batch)
+            handover = registry().begin(batch, yields)
             try:
                 async for chunk in chunks:
                     await handover.add(chunk)

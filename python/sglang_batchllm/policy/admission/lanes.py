@@ -6,6 +6,10 @@ fit: then nothing else is taken either, so that memory is saved up as others end
 its turn until its head is in. So once a request is the head of its lane, it waits at most until all
 that ran at that moment has ended, and then once more for the head of each of the two other lanes.
 
+Lists that yield get what these leave: nothing while a head does not fit, and of two steps in a row
+that begin requests of the lanes only the rest of the second, so that first tokens come soon and the
+list goes on none the less.
+
 Later turns of programs that have begun go before all lanes, since these hold memory until they end:
 whoever waits for that memory waits for them. A program that keeps it too long is dealt with in
 `texts`.
@@ -30,6 +34,7 @@ class Lanes:
         self._intake = intake
         self._capacity = capacity
         self._turn: LaneName = LANES[0]
+        self._has_yielded = False  # in the last step
 
     def choose(
         self,
@@ -84,6 +89,10 @@ class Lanes:
                 max_tokens -= sum(member.tokens for member in picked)
             else:
                 take(self._intake.lane(lane).batches())
+        if yielding := self._intake.yielding.batches():
+            self._has_yielded = bool(chosen) and not self._has_yielded
+            if not self._has_yielded:
+                take(yielding)
         return chosen
 
     def started(self, members: Iterable[Member]) -> None:
