@@ -2,10 +2,11 @@
 
     python benchmark/bench_run_batch.py --model PATH --out FILE
 
-`--model` needs no more than a config.json: weights are random, and the tokenizer (32k entries) is
-trained on this machine's Python sources, of which the prompts are made. Every side answers the
-same prompts (by default 50 documents of 2,000 tokens, 16 questions of 200 about each, 100 tokens
-of output), in a process of its own that is fresh, after a warm-up, twice; the better is quoted:
+`--model` needs no more than a config.json: weights are random, and where it has no tokenizer, one
+(32k entries) is trained on this machine's Python sources, of which the prompts are made. Every side
+answers the same prompts (by default 50 documents of 2,000 tokens, 16 questions of 200 about each,
+100 tokens of output), in a process of its own that is fresh, after a warm-up, twice; the better is
+quoted:
 
     token ids    Engine.generate with --batchllm
     texts        the same with texts: adds tokenization
@@ -20,51 +21,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import shutil
-import sys
-import sysconfig
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from processes import results_of
+from batches import Case
+from processes import engine_of, results_of
 from results_file import ResultFile, Row
+from servers import starting
+from texts import Prompts, make_prompts, model_and_flags
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
-
-from quickstart import Server, ServerError
-from tiny_model import train_tokenizer
-
-VOCAB_SIZE = 32_000
-SOURCE_BYTES = 24_000_000
 RUNS = 2
 SIDES = ["token ids", "texts", "engine", "server", "stock"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch of `requests` prompts, `degree` to a document; the rest are lengths in tokens."""
-
-    requests: int
-    degree: int
-    prefix: int
-    suffix: int
-    output: int
-
-    def __str__(self) -> str:
-        return f"{self.requests}, {self.degree}, {self.prefix} / {self.suffix} / {self.output}"
-
-
-Prompts = list[tuple[str, str]]
-"""Document and question, shuffled."""
 
 
 def main() -> None:
@@ -81,64 +55,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="put the rows into this file")
     parser.add_argument("flags", nargs="*", metavar="FLAG")
     args = parser.parse_args()
-    shape = Shape(args.requests, args.degree, args.prefix, args.suffix, args.output)
+    sizes = (args.requests, args.degree, args.prefix, args.suffix, args.output)
+    case = Case("{}, {}, {} / {} / {}".format(*sizes), *sizes)
 
     file = ResultFile(args.out, ("case", "side", "run"))
     results: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder)
-        shutil.copy(args.model / "config.json", model)
-        model_vocab = json.loads((model / "config.json").read_text())["vocab_size"]
-        train_tokenizer(model, python_sources(), min(VOCAB_SIZE, model_vocab))
-        flags = ["--model-path", folder, "--load-format", "dummy", *args.flags]
+        model, flags = model_and_flags(args.model, Path(folder))
+        flags += args.flags
         for side in args.sides:
-            for result in results_of(run_side, side, model, flags, shape):
-                results.append(file.add({"case": str(shape), **result}))
+            for result in results_of(run_side, side, model, flags, case):
+                results.append(file.add({"case": case.name, **result}))
                 print(json.dumps(results[-1]), flush=True)
     print_table(results)
-
-
-# Prompts
-
-
-def python_sources() -> Iterator[str]:
-    """Sources of the standard library and of installed packages, about `SOURCE_BYTES` of them."""
-    left = SOURCE_BYTES
-    for root in ("stdlib", "purelib"):
-        for path in sorted(Path(sysconfig.get_path(root)).rglob("*.py")):
-            if left <= 0:
-                return
-            if root == "purelib" or "site-packages" not in path.parts:
-                text = path.read_text(encoding="utf-8", errors="ignore")
-                left -= len(text)
-                yield text
-
-
-def make_prompts(shape: Shape, model: Path, seed: int) -> Prompts:
-    """Windows of the sources, about as long in tokens as `shape` says."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rng = random.Random(seed)
-    files = list(python_sources())
-    pool, offsets = "", []
-    wanted = 2 * (shape.requests // shape.degree * shape.prefix + shape.requests * shape.suffix)
-    while len(offsets) < wanted:
-        text = rng.choice(files)
-        encoded = tokenizer(text, return_offsets_mapping=True)
-        offsets += [len(pool) + start for start, _ in encoded["offset_mapping"]]
-        pool += text
-
-    def window(tokens: int) -> str:
-        first = rng.randrange(len(offsets) - tokens)
-        return pool[offsets[first] : offsets[first + tokens]]
-
-    prompts: Prompts = []
-    for _ in range(shape.requests // shape.degree):
-        document = window(shape.prefix)
-        prompts += [(document, window(shape.suffix)) for _ in range(shape.degree)]
-    rng.shuffle(prompts)
-    return prompts
 
 
 # Sides
@@ -148,13 +77,13 @@ Answers = list[dict[str, Any]]
 """The meta information of every answer."""
 
 
-def run_side(side: str, model: Path, flags: list[str], shape: Shape, pipe: Any) -> None:
+def run_side(side: str, model: Path, flags: list[str], case: Case, pipe: Any) -> None:
     """Measure one side, and send one result per run through `pipe`."""
-    inputs = make_inputs(side, model, make_prompts(shape, model, seed=0))
-    warm_up = make_inputs(side, model, make_prompts(shape, model, seed=1))
+    inputs = make_inputs(side, model, make_prompts(case, model, seed=0))
+    warm_up = make_inputs(side, model, make_prompts(case, model, seed=1))
     start = server if side in ("server", "stock") else engine
-    with start(side, flags, shape) as (run, flush):
-        run({name: rows[: max(shape.requests // 8, 2)] for name, rows in warm_up.items()})
+    with start(side, flags, case) as (run, flush):
+        run({name: rows[: max(case.requests // 8, 2)] for name, rows in warm_up.items()})
         for number in range(RUNS):
             flush()
             FINISHED.clear()
@@ -162,7 +91,7 @@ def run_side(side: str, model: Path, flags: list[str], shape: Shape, pipe: Any) 
                 started = time.perf_counter()
                 answers = run(inputs)
                 seconds = time.perf_counter() - started
-            assert all(answer["completion_tokens"] == shape.output for answer in answers)
+            assert all(answer["completion_tokens"] == case.output for answer in answers)
             prompt_tokens = sum(answer["prompt_tokens"] for answer in answers)
             threads, memory = zip(*seen, strict=True)
             pipe.send(
@@ -197,15 +126,9 @@ Run = Callable[[dict[str, list[Any]]], Answers]
 
 
 @contextmanager
-def engine(side: str, flags: list[str], shape: Shape) -> Iterator[tuple[Run, Callable[[], Any]]]:
-    import sglang
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-    from sglang.srt.server_args import prepare_server_args
-
-    started = sglang.Engine(server_args=prepare_server_args([*flags, "--batchllm"]))
-    sampling = {"temperature": 0, "max_new_tokens": shape.output, "ignore_eos": True}
+def engine(side: str, flags: list[str], case: Case) -> Iterator[tuple[Run, Callable[[], Any]]]:
+    started = engine_of([*flags, "--batchllm"])
+    sampling = {"temperature": 0, "max_new_tokens": case.output, "ignore_eos": True}
 
     def generate(inputs: dict[str, list[Any]]) -> Answers:
         return [
@@ -213,35 +136,32 @@ def engine(side: str, flags: list[str], shape: Shape) -> Iterator[tuple[Run, Cal
         ]
 
     try:
-        yield run_program(started, shape) if side == "engine" else generate, started.flush_cache
+        yield run_program(started, case) if side == "engine" else generate, started.flush_cache
     finally:
         started.shutdown()
 
 
 @contextmanager
-def server(side: str, flags: list[str], shape: Shape) -> Iterator[tuple[Run, Callable[[], Any]]]:
-    log = Path(tempfile.gettempdir()) / f"bench_run_batch-{side}.log"
-    with Server([*flags, *(["--batchllm"] if side == "server" else [])], log) as started:
-        import sglang
+def server(side: str, flags: list[str], case: Case) -> Iterator[tuple[Run, Callable[[], Any]]]:
+    flags = [*flags, *(["--batchllm"] if side == "server" else [])]
+    with starting(flags, f"bench_run_batch-{side}") as started:
+        import sglang  # while it starts
 
-        try:
-            started.wait_until_ready()
-        except ServerError as error:
-            sys.exit(f"error: {error}, see {log}")
+        started.wait_until_ready()
         backend = sglang.RuntimeEndpoint(started.url)
-        yield run_program(backend, shape), backend.flush_cache
+        yield run_program(backend, case), backend.flush_cache
 
 
 FINISHED: list[float] = []
 """When each program had its answer."""
 
 
-def run_program(backend: Any, shape: Shape) -> Run:
+def run_program(backend: Any, case: Case) -> Run:
     import sglang as sgl
 
     def answer_question(s: Any, document: str, question: str) -> None:
         s += document
-        s += question + sgl.gen("answer", max_tokens=shape.output)
+        s += question + sgl.gen("answer", max_tokens=case.output)
         if s["answer"] is not None:
             FINISHED.append(time.perf_counter())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import psutil
@@ -36,6 +36,17 @@ def results_of(run: Callable[..., None], *args: Any) -> Generator[Any, None, Non
             process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"{run.__name__} ended with exit code {process.exitcode}, see above")
+
+
+def engine_of(flags: Sequence[str]) -> Any:
+    """SGLang's Engine from a server's flags, with those of --batchllm among them."""
+    import sglang
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    return sglang.Engine(server_args=prepare_server_args([*flags]))
 
 
 def in_scheduler(engine_class: Any, prepare: Callable[..., None], *args: Any) -> None:
