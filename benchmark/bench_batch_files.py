@@ -24,6 +24,9 @@ from typing import Any
 import psutil
 
 from results_file import ResultFile
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+
 from tiny_model import train_tokenizer
 
 SECONDS_BETWEEN = 0.05

@@ -24,6 +24,9 @@ from typing import Any
 import psutil
 
 from results_file import ResultFile
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+
 from tiny_model import make_tiny_model
 
 WORDS = [f"word{number}" for number in range(300)]

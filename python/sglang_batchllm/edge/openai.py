@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 from fastapi.exceptions import RequestValidationError
@@ -16,7 +16,13 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from starlette.responses import Response
 
+from sglang_batchllm.edge import seams
 from sglang_batchllm.wire.lines import CHAT, COMPLETIONS, Reply
+
+if TYPE_CHECKING:
+    from sglang_batchllm.edge.seams.v0_5_17 import openai as seam
+else:
+    seam = seams.load("openai")
 
 T = TypeVar("T")
 
@@ -38,8 +44,9 @@ class Asked:
 
     async def answer(self, rid: str) -> Reply:
         """rid: of the request that reaches the front end. In a task of its own."""
+        handler = await seam.convert_off_loop(self.handler, self.request)
         _rid.set(rid)
-        answer = await self.handler.handle_request(self.request, None)
+        answer = await handler.handle_request(self.request, None)
         if isinstance(answer, Response):
             return Reply(answer.status_code, orjson.loads(bytes(answer.body)))
         if isinstance(answer, BaseModel):

@@ -90,7 +90,7 @@ class Engine:
                 stderr=log,
                 start_new_session=True,
             )
-        self._server = Server(f"http://127.0.0.1:{port}", self._api_key)
+        self._server = Server(f"http://127.0.0.1:{port}", self._api_key, shared=False)
         await self._server.open()
         while True:
             if self._process.poll() is not None:

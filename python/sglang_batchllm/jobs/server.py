@@ -52,10 +52,17 @@ class About:
 
 class Server:
     """url: such as http://127.0.0.1:30000. verify: whether to check its certificate, or the file of
-    authorities to check it with."""
+    authorities to check it with. shared: others may ask it too, and go first."""
 
-    def __init__(self, url: str, api_key: str | None = None, verify: bool | str = True):
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        verify: bool | str = True,
+        shared: bool = True,
+    ):
         self.url = url.rstrip("/")
+        self._yields = "true" if shared else "false"
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._verify = verify
         self._session: aiohttp.ClientSession | None = None
@@ -65,7 +72,13 @@ class Server:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0, ssl=self._certificates()),
+                connector=aiohttp.TCPConnector(
+                    limit=0,
+                    ssl=self._certificates(),
+                    # A server closes what idles for seconds, as while this process encodes a
+                    # window; a list that met such a connection would look like a dead server.
+                    force_close=True,
+                ),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
                 read_bufsize=1 << 20,
             )
@@ -105,9 +118,9 @@ class Server:
         return await self._get(REPORT_PATH)
 
     async def run_list(self, requests: Sequence[Request]) -> Answers:
-        """Have requests planned and run together, by a server of ours, which lets all others go
-        first: row and answer as they finish. Closing the iterator aborts what remains. Raises
-        ServerLostError, BusyError, and JobError with its answer where it refuses the list."""
+        """Have requests planned and run together, by a server of ours: row and answer as they
+        finish. Closing the iterator aborts what remains. Raises ServerLostError, BusyError, and
+        JobError with its answer where it refuses the list."""
         lines = (
             request_line(place, request.body, False, request.url)
             for place, request in enumerate(requests)
@@ -117,7 +130,7 @@ class Server:
         )
         try:
             async with self._open.post(
-                f"{self.url}{RUN_PATH}/{new_batch_id()}?yields=true",
+                f"{self.url}{RUN_PATH}/{new_batch_id()}?yields={self._yields}",
                 data=_body(lines),
                 headers={"Content-Type": "application/x-ndjson"},
                 timeout=timeout,

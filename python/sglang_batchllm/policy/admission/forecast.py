@@ -30,6 +30,10 @@ class MemoryForecast:
         self._freed = np.empty(0)
         self.refused = False
 
+    def keep(self, tokens: int) -> None:
+        """Keep so many tokens free of what is admitted from now on."""
+        self._used += tokens
+
     def add(self, steps: float, freed: float, count: int = 1) -> None:
         """In `steps` decode steps, `count` requests end and give back what they have decoded until
         then and `freed` tokens that are in use now. count 0: a shared prefix that is let go."""

@@ -6,9 +6,9 @@ fit: then nothing else is taken either, so that memory is saved up as others end
 its turn until its head is in. So once a request is the head of its lane, it waits at most until all
 that ran at that moment has ended, and then once more for the head of each of the two other lanes.
 
-Lists that yield get what these leave: nothing while a head does not fit, and of two steps in a row
-that begin requests of the lanes only the rest of the second, so that first tokens come soon and the
-list goes on none the less.
+Lists that yield get what these leave: nothing while a head does not fit, nor a share of the memory
+that is left to what comes next, and of two steps in a row that begin requests of the lanes only the
+rest of the second, so that first tokens come soon and the list goes on none the less.
 
 Later turns of programs that have begun go before all lanes, since these hold memory until they end:
 whoever waits for that memory waits for them. A program that keeps it too long is dealt with in
@@ -24,6 +24,9 @@ from sglang_batchllm.policy.admission.level import can_wait
 from sglang_batchllm.policy.admission.lookahead import Lookahead
 from sglang_batchllm.policy.batch import Batch, Member
 from sglang_batchllm.policy.intake import LANES, Intake, LaneName
+
+ROOM_FOR_OTHERS = 16
+"""Lists that yield leave one token of so many to others."""
 
 
 class Lanes:
@@ -92,6 +95,7 @@ class Lanes:
         if yielding := self._intake.yielding.batches():
             self._has_yielded = bool(chosen) and not self._has_yielded
             if not self._has_yielded:
+                forecast.keep(self._capacity // ROOM_FOR_OTHERS)
                 take(yielding)
         return chosen
 
