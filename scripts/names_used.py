@@ -51,6 +51,7 @@ READ_FROM_OBJECTS = {
         "generate_request get_internal_state flush_cache freeze_gc _send_batch_request "
         "_tokenize_texts _dispatch_to_scheduler"
     ),
+    "srt.entrypoints.openai.serving_base.OpenAIServingBase": "handle_request",
     "lang.interpreter.StreamExecutor": (
         "variables variable_event meta_info messages_ text_ fork_start_text_pos error_ __init__"
     ),
@@ -67,6 +68,9 @@ READ_FROM_OBJECTS = {
 
 READ_IN_ONE = {
     "0.5.17": {
+        "srt.entrypoints.openai.serving_base.OpenAIServingBase": (
+            "_validate_request _convert_to_internal_request"
+        ),
         "srt.managers.schedule_batch.Req": (
             "prefix_indices extend_range req_pool_idx cache_protected_len set_extend_range"
         ),

@@ -41,6 +41,7 @@ class Script:
     refusals: lists that are refused with 503 first.
     shuffled: answers of a list come in this order, None for as they stand.
     hold_after: answers after which all others wait for `release`.
+    keeps_alive: seconds after which a connection that idles is closed.
     """
 
     ours: int | None = 64
@@ -52,6 +53,7 @@ class Script:
     refusals: int = 0
     shuffled: random.Random | None = None
     hold_after: int | None = None
+    keeps_alive: float = 60.0
 
     # What they saw.
     asked: Counter[str] = field(default_factory=Counter)
@@ -59,6 +61,7 @@ class Script:
     lists: list[list[str]] = field(default_factory=list)
     answered: int = 0
     starts: int = 0
+    yielding: list[bool] = field(default_factory=list)  # by list
     held: threading.Event = field(default_factory=threading.Event)
     _came: threading.Condition = field(default_factory=threading.Condition)
 
@@ -109,7 +112,7 @@ class Pretended:
             app.router.add_get(RUN_PATH, self._limits)
             app.router.add_get(REPORT_PATH, self._report)
             app.router.add_post(RUN_PATH + "/{id}", self._list)
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, keepalive_timeout=self._script.keeps_alive)
         self._ended = asyncio.Event()
         await runner.setup()
         assert runner.server is not None
@@ -169,6 +172,7 @@ class Pretended:
         prompts = [prompt_of(body) for body in bodies]
         script.asked.update(prompts)
         script.bodies += bodies
+        script.yielding.append(request.query.get("yields") == "true")
         script.note_list(prompts)
         response = web.StreamResponse()
         await response.prepare(request)

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import random
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -35,7 +36,7 @@ from sglang_batchllm.jobs import hosts
 from sglang_batchllm.jobs.errors import JobError
 from sglang_batchllm.jobs.hosts import Running
 from sglang_batchllm.jobs.job import Files, run_job
-from sglang_batchllm.jobs.server import Server
+from sglang_batchllm.jobs.server import Request, Server
 from sglang_batchllm.jobs.status import Counts
 from sglang_batchllm.wire.lines import CHAT, COMPLETIONS
 
@@ -376,6 +377,31 @@ def test_a_lost_server_is_left_closed(tmp_path: Path):
             assert server._session is None
 
         asyncio.run(main())
+
+
+def test_others_go_first_on_a_server_that_somebody_else_runs(tmp_path: Path):
+    script = Script()
+    with serving(script) as server:
+        asyncio.run(run_job(files_of(tmp_path, 3), Server(server.url), url=CHAT, watch=print))
+    assert script.yielding == [True]
+
+
+def test_a_connection_that_idled_is_not_used_again():
+    """The server closes it, which a process that is busy meanwhile does not see."""
+
+    async def main(url: str) -> int:
+        server = Server(url)
+        await server.open()
+        await server.about()
+        time.sleep(0.5)  # the loop stands still, as while a window is encoded
+        asked = [Request(0, COMPLETIONS, b'{"prompt": "p"}')]
+        try:
+            return len([answer async for answer in server.run_list(asked)])
+        finally:
+            await server.close()
+
+    with serving(Script(keeps_alive=0.1)) as server:
+        assert asyncio.run(main(server.url)) == 1
 
 
 # Before anything runs

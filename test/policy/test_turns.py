@@ -143,6 +143,20 @@ def test_memory_is_saved_up_for_those_that_a_list_yields_to():
     assert steps_until_all_have_run(engine, large, lambda: None, 1000) <= 2 * OUTPUT + 8
 
 
+def test_an_ordinary_list_starts_at_once_in_the_room_that_is_kept():
+    engine = EngineModel(POOL, Policy(chunk=512))
+    yielding(engine, requests_of(400, 90))
+    for _ in range(8):
+        engine.step()
+    held = len(engine.running)
+    engine.step()
+    assert len(engine.running) == held, "the list that yields has all that it gets"
+    small = requests_of(2, 10, first=10_000)
+    engine.submit_list(small)
+    engine.step()
+    assert [request.computed for request in small] == [10, 10]
+
+
 def waves(count: int, size: int) -> tuple[BatchPolicy, list[Request]]:
     """Gathered requests that run, in `count` batches."""
     engine = EngineModel(10**9, Policy(chunk=10**9, max_running=10**9))

@@ -28,6 +28,7 @@ class Front:
     def __init__(self, delay: float = 0.0):
         self.sent: list[list[str]] = []
         self.turns: list[dict[str, tuple[str, int]]] = []
+        self.yielded: list[bool] = []
         self.released: list[dict[int, bool] | None] = []
         self.cancelled: list[str] = []
         self.answered = asyncio.Event()
@@ -65,6 +66,7 @@ class Front:
     async def send(self, batch: str, requests: Sequence[Any], turns: dict, yields: bool) -> None:
         self.sent.append([request.text for request in requests])
         self.turns.append(turns)
+        self.yielded.append(yields)
         self._sent.set()
 
     def release(self, batch: str, programs: dict[int, bool] | None = None) -> None:
@@ -155,6 +157,20 @@ def test_what_is_ready_does_not_wait_for_what_is_kept():
             [("once", 1)],
         ]
         await open_handover.abandon()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("yields", [False, True])
+def test_the_scheduler_is_told_whether_a_list_yields(yields: bool):
+    async def main() -> None:
+        front = Front()
+        open_handover = Registry(front).begin(new_batch_id(), yields)
+        await open_handover.add(line("a") + line("b"))
+        await open_handover.finish()
+        assert len(await answers_of(open_handover)) == 2
+        await open_handover.abandon()
+        assert front.yielded == [yields]
 
     asyncio.run(main())
 

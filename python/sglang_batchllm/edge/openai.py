@@ -44,9 +44,10 @@ class Asked:
 
     async def answer(self, rid: str) -> Reply:
         """rid: of the request that reaches the front end. In a task of its own."""
-        handler = await seam.convert_off_loop(self.handler, self.request)
+        raw_request: Any = None  # the hand-over's is no request of this endpoint
+        handler = await seam.convert_off_loop(self.handler, self.request, raw_request)
         _rid.set(rid)
-        answer = await handler.handle_request(self.request, None)
+        answer = await handler.handle_request(self.request, raw_request)
         if isinstance(answer, Response):
             return Reply(answer.status_code, orjson.loads(bytes(answer.body)))
         if isinstance(answer, BaseModel):

@@ -130,6 +130,7 @@ class BatchPolicy:
             member = member_of(request)
             assert member is not None
             self._intake.arrive(member, id(member) in shareable)
+        self._look_again |= self._intake.waits_in("yielding")
 
     def arrived(self, arrival: Arrival) -> None:
         """A request is to be scheduled: new, or back after a retraction."""
@@ -140,7 +141,7 @@ class BatchPolicy:
         if member is None:
             member = self._note(arrival)
         self._intake.arrive(member, arrival.shareable)
-        self._look_again |= bool(self.texts) or bool(self._intake.yielding)
+        self._look_again |= bool(self.texts) or self._intake.waits_in("yielding")
 
     def departed(self, requests: Iterable[Request]) -> None:
         """Requests do not wait any more, and have not run: aborted, or timed out."""

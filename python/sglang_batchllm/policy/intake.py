@@ -8,8 +8,9 @@ from typing import Literal
 
 from sglang_batchllm.policy.batch import Batch, Member
 
-LaneName = Literal["lists", "gathered", "single"]
+LaneName = Literal["later", "lists", "gathered", "single", "yielding"]
 LANES: list[LaneName] = ["lists", "gathered", "single"]
+"""Those that take turns. Later turns of programs go before them, lists that yield after them."""
 
 QUIET_SECONDS = 0.002
 """A gathering closes early once nothing has arrived for this long."""
@@ -70,9 +71,6 @@ class Gathering:
 class Intake:
     """Every request that waits, by how it is to be scheduled.
 
-    later: batches of later turns of programs, which go before all lanes. yielding: lists that go
-    after them.
-
     A request that arrives alone joins a gathering, which is planned together after
     `gather_seconds` at most, or when arrivals pause, but not before the gathered requests ahead of
     it are all scheduled: until then waiting costs nothing and the plan only gets better. Later
@@ -83,16 +81,16 @@ class Intake:
         """agree: makes a decision that depends on this process's clock the same in all ranks."""
         self._plan = plan
         self._agree = agree
-        self.later = Lane()
-        self.yielding = Lane()
-        self._lists = Lane()
-        self._gathered = Lane()
+        self._lanes: dict[LaneName, Lane] = {
+            name: Lane() for name in ("later", "lists", "gathered", "yielding")
+        }
         self._single: dict[int, Member] = {}  # by identity
         self._gathering = Gathering(gather_seconds)
         self._gathering_later = Gathering(gather_seconds)
 
     def lane(self, name: LaneName) -> Lane:
-        return self._lists if name == "lists" else self._gathered
+        """Of any name but "single"."""
+        return self._lanes[name]
 
     def single(self) -> Iterable[Member]:
         """Requests to be scheduled by themselves, in order of arrival."""
@@ -108,31 +106,20 @@ class Intake:
 
     @property
     def waits(self) -> bool:
-        return (
-            self.gathering
-            or bool(self.later)
-            or any(map(self.waits_in, LANES))
-            or bool(self.yielding)
-        )
+        return self.gathering or bool(self._single) or any(self._lanes.values())
 
     def batches_waiting(self) -> list[Batch]:
         """Batches of which requests wait."""
-        return [
-            *self.later.batches(),
-            *self._lists.batches(),
-            *self._gathered.batches(),
-            *self.yielding.batches(),
-        ]
+        return [batch for lane in self._lanes.values() for batch in lane.batches()]
 
     @staticmethod
-    def lane_of(member: Member) -> LaneName | None:
-        """None for a later turn, and for a list that yields."""
+    def lane_of(member: Member) -> LaneName:
         batch = member.batch
         if batch is None:
             return "single"
-        if batch.yields or (batch.later and not batch.whole):
-            return None
-        return "lists" if batch.whole else "gathered"
+        if batch.whole:
+            return "yielding" if batch.yields else "lists"
+        return "later" if batch.later else "gathered"
 
     def arrive(self, member: Member, shareable: bool) -> None:
         """A request is to be scheduled: new, or back after a retraction.
@@ -142,11 +129,7 @@ class Intake:
         batch = member.batch
         if batch is not None:
             batch.enqueue(member)
-            lane = self.lane_of(member)
-            if lane is not None:
-                self.lane(lane).add(batch)
-            else:
-                (self.yielding if batch.yields else self.later).add(batch)
+            self.lane(self.lane_of(member)).add(batch)
         elif not shareable:
             self._single[id(member)] = member
         elif member.turn is not None and member.turn.kind == "later":
@@ -164,7 +147,7 @@ class Intake:
         """Plan what has gathered, if it is time."""
         if self._gathering_later and self._agree(self._gathering_later.due):
             self._plan_together(self._gathering_later.close())
-        if self._gathering and not self._gathered and self._agree(self._gathering.due):
+        if self._gathering and not self.lane("gathered") and self._agree(self._gathering.due):
             members = self._gathering.close()
             if len(members) > 1:
                 self._plan_together(members)

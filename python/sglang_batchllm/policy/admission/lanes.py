@@ -78,7 +78,7 @@ class Lanes:
                     chosen.extend(picked)
                     max_tokens -= sum(map(batch.tokens_to_prefill, picked))
 
-        take(self._intake.later.batches())
+        take(self._intake.lane("later").batches())
         for _ in LANES:
             if self._intake.waits_in(self._turn):
                 break
@@ -92,7 +92,7 @@ class Lanes:
                 max_tokens -= sum(member.tokens for member in picked)
             else:
                 take(self._intake.lane(lane).batches())
-        if yielding := self._intake.yielding.batches():
+        if yielding := self._intake.lane("yielding").batches():
             self._has_yielded = bool(chosen) and not self._has_yielded
             if not self._has_yielded:
                 forecast.keep(self._capacity // ROOM_FOR_OTHERS)
