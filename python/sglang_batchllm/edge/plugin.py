@@ -104,7 +104,7 @@ def _add_scheduler() -> None:
 @functools.cache
 def extend_runtime() -> None:
     """In a scheduler process, once the flag is on: admission by memory, shared mixed batches,
-    packed queries, and our messages among those that it understands."""
+    packed queries, shared logprobs, and our messages among those that it understands."""
     from sglang.srt.managers.io_struct import hook_custom_types
 
     from sglang_batchllm.edge import seams
@@ -112,6 +112,7 @@ def extend_runtime() -> None:
     from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
     from sglang_batchllm.edge.mixed import select_backend
     from sglang_batchllm.edge.queries import forward_with_packed_queries
+    from sglang_batchllm.edge.scoring import limit_prefix, score_rows
 
     hook_custom_types(NameTurns, ReleaseTexts, AbortList)
     adder = seams.load("adder").REPLACED
@@ -127,6 +128,8 @@ def extend_runtime() -> None:
         "srt.layers.attention.hybrid_attn_backend.HybridAttnBackend.forward",
         forward_with_packed_queries,
     )
+    _hook("around", "srt.managers.schedule_batch.Req._compute_max_prefix_len", limit_prefix)
+    _hook("around", "srt.layers.logprob_processor.InputLogprobProcessor.forward", score_rows)
     _apply_hooks()
 
 

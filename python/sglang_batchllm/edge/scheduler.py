@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
-from sglang.srt.utils import broadcast_pyobj
+from sglang.srt.utils import broadcast_pyobj, print_warning_once
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_batchllm.attention import GroupTable, get_group_table
@@ -21,6 +21,7 @@ from sglang_batchllm.edge.last_layer import sample_rows_in_last_layer
 from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
 from sglang_batchllm.edge.names import ATTENTION_BACKEND
 from sglang_batchllm.edge.queue_index import QueueIndex, without
+from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
 from sglang_batchllm.policy.core import Arrival, BatchPolicy, Decision, Limits, View
 from sglang_batchllm.policy.requests import Turn
 
@@ -38,6 +39,9 @@ else:
     seam = seams.load("scheduler")
 
 T = TypeVar("T")
+
+SCORED_STEP = "batchllm_scored_step"
+"""An attribute of a pass's result."""
 
 
 class BatchLLMScheduler(seam.QueueingScheduler):
@@ -78,6 +82,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             self._group_table = get_group_table(self.req_to_token_pool)
         self.prepare_process()
         sample_rows_in_last_layer(self.tp_worker.model_runner.model, self.server_args)
+        self._no_scoring = refusal(self.tp_worker.model_runner.model, self.server_args)
+        self._scored_step: ScoredStep | None = None
         self._index = QueueIndex()
         self._held_back: list[Req] | None = None
         self._receiving_list = False
@@ -138,7 +144,11 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             self._policy.arrived(self._arrival(req))
 
     def _arrival(self, req: Req) -> Arrival:
-        return Arrival(req, self._turns.get(req.rid), _can_share(req))
+        ask = ask_of(req)
+        if ask is not None and self._no_scoring is not None:
+            print_warning_once(f"batchllm: logprobs of prompts are not shared ({self._no_scoring})")
+            ask = None
+        return Arrival(req, self._turns.get(req.rid), _can_share(req), ask)
 
     # Aborts
 
@@ -195,6 +205,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         idle = plan.running_batch.is_empty() and self.chunked_req is None
         for req in reqs:
             self._index.discard(req)
+        self._scored_step = ScoredStep.of(batch, self._policy) if batch is not None else None
         self._policy.launched([(req, seam.computed(req)) for req in reqs], idle)
         if self._group_table is not None and reqs:
             self._enter_groups(self._group_table, reqs)
@@ -257,6 +268,27 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             lambda: batch.check_decode_mem(unfinished), [batch.reqs[i] for i in unfinished]
         )
         return super().update_running_batch(batch)
+
+    # Logprobs of prompts
+
+    def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
+        step, self._scored_step = self._scored_step, None
+        if step is None or step.batch is not batch:
+            return super().run_batch(batch, *args, **kwargs)
+        with step.running():
+            result = super().run_batch(batch, *args, **kwargs)
+        setattr(result, SCORED_STEP, step)
+        return result
+
+    def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        step: ScoredStep | None = getattr(result, SCORED_STEP, None)
+        if step is None:
+            super().process_batch_result(batch, result)
+            return
+        step.deliver(result)
+        super().process_batch_result(batch, result)
+        for req in step.scored():
+            self._policy.was_scored(req)
 
     def _agree(self, decision: T) -> T:
         """The decision of the first rank; clocks differ between ranks, batches must not."""

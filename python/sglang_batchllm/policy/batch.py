@@ -20,6 +20,8 @@ from sglang_batchllm.policy.admission.outputs import (
 )
 from sglang_batchllm.policy.pins import ROOT, PinnedTree
 from sglang_batchllm.policy.requests import Request, Turn
+from sglang_batchllm.policy.rows import Ask, Lead, RowMemory
+from sglang_batchllm.policy.scoring import Scoring
 from sglang_batchllm.policy.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ class Member:
     scheduled by itself. index: its place in the batch's plan. home: its deepest shared node.
     claimed: shared nodes that it is scheduled to compute and has not yet, top down. matched: prompt
     tokens found in the cache when it was last scheduled. slot: its entry in `Running`, -1 unless it
-    holds KV.
+    holds KV. ask: the logprobs of its prompt that it has yet to be given. lead: those that it
+    leaves to others.
     """
 
     request: Request
@@ -52,6 +55,8 @@ class Member:
     claimed: list[int] = field(default_factory=list)
     matched: int = 0
     slot: int = -1
+    ask: Ask | None = None
+    lead: Lead | None = None
 
     @property
     def tokens(self) -> int:
@@ -67,9 +72,9 @@ def member_of(request: Request) -> Member | None:
     return getattr(request, _ATTRIBUTE, None)
 
 
-def note(request: Request, turn: Turn | None = None) -> Member:
+def note(request: Request, turn: Turn | None = None, ask: Ask | None = None) -> Member:
     """Begin to note things about a request."""
-    member = Member(request, turn)
+    member = Member(request, turn, ask=ask)
     setattr(request, _ATTRIBUTE, member)
     return member
 
@@ -120,9 +125,11 @@ class Batch:
         lengths: OutputLengths,
         parent_row: int,
         count_pinned: Callable[[int], None],
+        row_memory: RowMemory,
     ):
         """parent_row: of `lengths`, for what is larger than the batch; -1 for nothing.
-        count_pinned: told how many tokens more are pinned, or fewer."""
+        count_pinned: told how many tokens more are pinned, or fewer. row_memory: where logprobs of
+        shared tokens are kept."""
         self.number = next(_NUMBERS)
         turns = [member.turn for member in members]
         self.name = next((turn.batch for turn in turns if turn), "")
@@ -161,6 +168,9 @@ class Batch:
         self.num_running = 0
         self.unfinished = len(members)
         self._subtree_start, self.subtree_end = self._subtrees()
+        self.scoring: Scoring | None = None
+        if any(member.ask for member in members):
+            self.scoring = self.pins.scoring = Scoring(self, self.pins, row_memory)
         self._to_compute = np.concatenate(
             [[0], np.cumsum(self.plan.to_compute[self.plan.order], dtype=np.int64)]
         )
@@ -230,7 +240,7 @@ class Batch:
                     break
                 place = self.waiting.first(behind.stop)
                 continue
-            tokens = self.tokens_past(member, member.home) + opened
+            tokens = self.own_tokens_to_compute(member) + opened
             if max_tokens < tokens and max_tokens <= nearly_full:
                 break
             if opened and not may_open(opened, place == first):
@@ -246,9 +256,21 @@ class Batch:
         return chosen
 
     def tokens_to_prefill(self, member: Member) -> int:
-        """Tokens of a selected request that have no KV yet."""
+        """Tokens that a selected request has to compute."""
         node = self.pins.parent[member.claimed[0]] if member.claimed else member.home
-        return self.tokens_past(member, node)
+        return self.tokens_past(member, node) + self.computed_again(member)
+
+    def own_tokens_to_compute(self, member: Member) -> int:
+        """Those after all that it shares, and those that it computes again for their logprobs."""
+        return self.tokens_past(member, member.home) + self.computed_again(member)
+
+    def computed_again(self, member: Member) -> int:
+        """See `Scoring.computed_again`."""
+        return 0 if self.scoring is None else self.scoring.computed_again(member)
+
+    def prefix_limit(self, member: Member) -> int | None:
+        """See `Scoring.limit`."""
+        return None if self.scoring is None else self.scoring.limit(member)
 
     def tokens_past(self, member: Member, node: int) -> int:
         """Tokens of a request, prompt and output, after those of a tree node on its path."""
@@ -258,6 +280,14 @@ class Batch:
         """The request was scheduled for prefill."""
         self.waiting.discard(int(self.position[member.index]))
         self.num_running += 1
+
+    def places(self, node: int) -> range:
+        """Where the requests at or below a tree node stand in the order."""
+        return range(self._subtree_start[node], self.subtree_end[node])
+
+    def first_unfinished(self, places: range) -> Member | None:
+        members = (self.members[self.order[place]] for place in places)
+        return next((member for member in members if member is not None), None)
 
     def has_waiting(self, node: int) -> bool:
         """Whether a request at or below the tree node waits."""

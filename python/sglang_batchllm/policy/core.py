@@ -23,6 +23,7 @@ from sglang_batchllm.policy.intake import Intake
 from sglang_batchllm.policy.ledger import Ledger
 from sglang_batchllm.policy.pins import ROOT
 from sglang_batchllm.policy.requests import End, Request, Turn
+from sglang_batchllm.policy.rows import Ask, RowMemory, Rows
 from sglang_batchllm.policy.store import Store
 from sglang_batchllm.policy.texts import HeldTexts
 
@@ -48,11 +49,13 @@ class Limits:
 
 class Arrival(NamedTuple):
     """A request that comes in. turn: its part in a program that was handed over. shareable: whether
-    equal token ids mean equal KV for it, and it is neither invalid nor aborted already."""
+    equal token ids mean equal KV for it, and it is neither invalid nor aborted already. ask: the
+    logprobs of its prompt that it wants, None for none."""
 
     request: Request
     turn: Turn | None
     shareable: bool
+    ask: Ask | None = None
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,12 @@ class BatchPolicy:
         self._intake = Intake(self._plan, limits.gather_seconds, self._agree)
         self._lanes = Lanes(self._intake, limits.capacity)
         self.texts = HeldTexts(store)
+        self._row_memory = RowMemory()
         self._ledger = Ledger(limits.page_size)
         self._chosen: list[Member] = []
         self._look_again = False  # although nothing has ended
         self._pressed = False  # memory keeps somebody out
+        self._rows_follow = False  # the request in chunks has logprobs to leave to others
         self._last_step = 0.0
 
     # Arrivals
@@ -150,7 +155,7 @@ class BatchPolicy:
 
     def _note(self, arrival: Arrival) -> Member:
         self._ledger.arrived(arrival.request)
-        return note(arrival.request, arrival.turn)
+        return note(arrival.request, arrival.turn, arrival.ask)
 
     def _plan(self, members: Sequence[Member], whole: bool) -> Batch:
         batch = Batch(
@@ -161,6 +166,7 @@ class BatchPolicy:
             self._lengths,
             -1 if whole else self._gathered_row,
             self._ledger.pinned,
+            self._row_memory,
         )
         self._ledger.planned(batch)
         return batch
@@ -243,8 +249,9 @@ class BatchPolicy:
             self._last_step = now
 
     def _may_mix(self, view: View) -> bool:
-        """SGLang retracts only in steps without prefill, so memory must suffice for both parts."""
-        if not view.decoding:
+        """SGLang retracts only in steps without prefill, so memory must suffice for both parts;
+        and it does not mix where logprobs of prompts are computed."""
+        if not view.decoding or self._rows_follow or any(m.lead for m in self._chosen):
             return False
         tokens = view.chunk_left + sum(map(tokens_to_prefill, self._chosen))
         slack = self._limits.page_size * (len(self._chosen) + 1)
@@ -273,6 +280,8 @@ class BatchPolicy:
             if member.claimed and member.batch is not None:
                 member.batch.pins.publish(member, self._store.publish(member.request))
                 self._ledger.published(member.batch)
+        if members:
+            self._rows_follow = any(member.lead for member in members)
         if chosen and not prefilled and idle and not self.texts:
             self._give_up_pins(chosen[0])
 
@@ -295,11 +304,13 @@ class BatchPolicy:
             return
         batch.start(member)
         index, home = member.index, member.home
+        again = batch.computed_again(member)
+        self._ledger.computed_again(batch, again)
         self._running.add(
             member,
             hint=batch.hints[index],
             max_output=batch.max_output[index],
-            own=batch.own_tokens[index],
+            own=batch.own_tokens[index] + again,
             row=batch.length_rows[index],
             batch=batch.number,
             home=batch.node_id(home) if home != ROOT else -1,
@@ -373,6 +384,35 @@ class BatchPolicy:
                 self._ledger.retired(batch)
         forget(request)
 
+    # Logprobs of prompts
+
+    def scores(self, request: Request) -> bool:
+        """Whether the request may leave rows for others, or read some."""
+        member = member_of(request)
+        return member is not None and (member.lead is not None or member.ask is not None)
+
+    def rows_to_leave(self, request: Request) -> tuple[Ask, list[Rows]] | None:
+        """What the request's next prefill leaves for others, to be filled: from where on it needs
+        which logprobs for that, and the rows. To be asked before `launched`."""
+        member = member_of(request)
+        if member is None or member.lead is None:
+            return None
+        return member.lead.ask, [*member.lead.rows.values()]
+
+    def rows_to_read(self, request: Request) -> list[Rows]:
+        """What has been left of the request's prompt, from its beginning; filled once the steps
+        that are launched by now have ended. To be asked before `launched`."""
+        member = member_of(request)
+        if member is None or member.ask is None or member.batch is None:
+            return []
+        return [] if member.batch.scoring is None else member.batch.scoring.kept(member)
+
+    def was_scored(self, request: Request) -> None:
+        """The request has been given the logprobs of its prompt, and needs no more."""
+        member = member_of(request)
+        if member is not None:
+            member.ask = None
+
     # What others ask
 
     def attention_group(self, request: Request, shared: int) -> tuple[int, int]:
@@ -384,7 +424,18 @@ class BatchPolicy:
 
     def report(self) -> dict[str, Any]:
         """See `Ledger.report`."""
-        return self._ledger.report()
+        return self._ledger.report() | {
+            "logprob_bytes": {"now": self._row_memory.used, "peak": self._row_memory.peak}
+        }
+
+
+def prefix_limit(request: Request) -> int | None:
+    """Prompt tokens that a planned request may find in the cache at most, since it has to compute
+    logprobs of the others; None for as many as there are."""
+    member = member_of(request)
+    if member is None or member.batch is None:
+        return None
+    return member.batch.prefix_limit(member)
 
 
 def tokens_to_prefill(member: Member) -> int:

@@ -85,6 +85,11 @@ class Ledger:
         for report in self._reports(batch):
             report.relaxed_tokens += tokens
 
+    def computed_again(self, batch: Batch, tokens: int) -> None:
+        """Tokens that have KV are computed for their logprobs, which were not kept."""
+        for report in self._reports(batch):
+            report.rescored_tokens += tokens
+
     def retracted(self, batch: Batch | None) -> None:
         for report in self._reports(batch):
             report.retractions += 1

@@ -10,28 +10,18 @@ it has finished.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sglang_batchllm.planning import BatchPlan
 from sglang_batchllm.planning.grouping import usable_depth
-from sglang_batchllm.policy.requests import Request
 from sglang_batchllm.policy.store import Store
+
+if TYPE_CHECKING:
+    from sglang_batchllm.policy.batch import Member
+    from sglang_batchllm.policy.scoring import Scoring
 
 COLD, COMPUTING, READY = range(3)
 ROOT = 0
-
-
-class Leader(Protocol):
-    """What is noted about a request of the plan. home: its deepest shared node, or ROOT. claimed:
-    shared nodes that it is scheduled to compute and has not yet, top down. matched: prompt tokens
-    found in the cache when it was last scheduled."""
-
-    home: int
-    claimed: list[int]
-    matched: int
-
-    @property
-    def request(self) -> Request: ...
 
 
 class PinnedTree:
@@ -39,7 +29,10 @@ class PinnedTree:
 
     pinned_tokens: tokens of all READY nodes that somebody still needs.
     times_relaxed: how often pins were given up, see `relax`.
+    scoring: told of every change, where requests ask for logprobs of their prompts.
     """
+
+    scoring: Scoring | None = None
 
     def __init__(self, plan: BatchPlan, store: Store, count: Callable[[int], None]):
         """count: told how many tokens more are pinned, or fewer."""
@@ -69,7 +62,10 @@ class PinnedTree:
             if num_requests[node] > 1:
                 self._open[self.parent[node]] += 1
 
-    def path_state(self, member: Leader) -> tuple[int, int]:
+    def is_ready(self, node: int) -> bool:
+        return self._state[node] == READY
+
+    def path_state(self, member: Member) -> tuple[int, int]:
         """The uppermost COMPUTING node on the member's path (ROOT if none) and the tokens of the
         path's COLD nodes."""
         node, blocker = member.home, ROOT
@@ -79,7 +75,7 @@ class PinnedTree:
             node = self.parent[node]
         return blocker, self.depth[member.home] - self.depth[node]
 
-    def held_elsewhere(self, member: Leader, opened: int) -> int:
+    def held_elsewhere(self, member: Member, opened: int) -> int:
         """Tokens of the member's prompt beyond its READY nodes whose KV somebody holds anyway.
 
         opened: tokens of its COLD nodes.
@@ -87,7 +83,7 @@ class PinnedTree:
         held = self._store.locked(member.request.origin_input_ids, member.request.extra_key)
         return max(held - (self.depth[member.home] - opened), 0)
 
-    def claim(self, member: Leader) -> None:
+    def claim(self, member: Member) -> None:
         """Make the member the leader of every COLD node on its path."""
         node = member.home
         claimed = []
@@ -96,24 +92,30 @@ class PinnedTree:
             claimed.append(node)
             node = self.parent[node]
         member.claimed = claimed[::-1]
+        if self.scoring is not None:
+            self.scoring.claimed(member)
 
-    def adopt(self, member: Leader) -> None:
+    def adopt(self, member: Member) -> None:
         """What a leader was to compute, and somebody has left in the cache, is there already."""
         if not member.claimed:
             return
         request = member.request
         cached = self._store.cached(request.origin_input_ids, request.extra_key)
+        if member.lead is not None:  # who has left it there has left no rows
+            cached = min(cached, member.lead.ask.start)
         if cached > self.depth[self.parent[member.claimed[0]]]:
             member.matched = cached
             self.publish(member, cached)
 
-    def unclaim(self, member: Leader) -> None:
+    def unclaim(self, member: Member) -> None:
         """Give up what the member was to compute and has not."""
         for node in member.claimed:
             self._state[node] = COLD
         member.claimed = []
+        if self.scoring is not None:
+            self.scoring.unclaimed(member)
 
-    def publish(self, member: Leader, computed: int) -> None:
+    def publish(self, member: Member, computed: int) -> None:
         """Record that prompt tokens [0, computed) of a leader now have KV that others may read."""
         ready = [node for node in member.claimed if self.depth[node] <= computed]
         if not ready:
@@ -124,10 +126,12 @@ class PinnedTree:
             if member.matched > above and node not in self._relaxed:
                 self._foreign[node] = member.matched
         member.claimed = member.claimed[len(ready) :]
+        if self.scoring is not None:
+            self.scoring.published(member, ready)
         self._pin(ready[-1], member)
         self._add_pinned(self.depth[ready[-1]] - above)
 
-    def finish(self, member: Leader, free: bool, last_use: bool) -> None:
+    def finish(self, member: Member, free: bool, last_use: bool) -> None:
         """The member needs its prefixes no more; let go of those that nobody needs.
 
         free: give their KV back at once. last_use: see `Store.unpin`.
@@ -145,13 +149,15 @@ class PinnedTree:
             self._pin(survivor, member)
         ready = [node for node in done if self._state[node] == READY]
         for node in ready:
+            if self.scoring is not None:
+                self.scoring.let_go(node)
             if node in self._pins:
                 keep = max(self.depth[survivor], self._foreign.get(node, 0)) if free else None
                 self._store.unpin(self._pins.pop(node), self.depth[node], keep, last_use)
         if ready:
             self._add_pinned(self.depth[survivor] - self.depth[ready[0]])
 
-    def relax(self, member: Leader | None) -> int:
+    def relax(self, member: Member | None) -> int:
         """Leave every pin that is not on the member's path to the cache's own eviction, so that
         the member (or a request of another batch) can run. Those prefixes count as COLD again;
         returns their tokens."""
@@ -173,10 +179,12 @@ class PinnedTree:
             if state == READY and node != ROOT and node not in path and self._open[node]:
                 self._state[node] = COLD
                 self._relaxed.add(node)
+                if self.scoring is not None:
+                    self.scoring.let_go(node)
                 self._add_pinned(self.depth[self.parent[node]] - self.depth[node])
         return before - self.pinned_tokens
 
-    def _pin(self, node: int, member: Leader) -> None:
+    def _pin(self, node: int, member: Member) -> None:
         if node not in self._pins:
             request = member.request
             self._pins[node] = self._store.pin(

@@ -34,6 +34,7 @@ class Report:
     peak_pinned_tokens: int = 0
     retractions: int = 0
     relaxed_tokens: int = 0
+    rescored_tokens: int = 0
     planning_seconds: float = 0.0
     _ran_prompt_tokens: int = 0
 

@@ -104,7 +104,7 @@ class Lookahead:
         """
         batch = member.batch
         assert batch is not None
-        own = batch.tokens_past(member, member.home)
+        own = batch.own_tokens_to_compute(member)
         held = 0
         if not batch.private:  # its prompts may be somebody else's too
             held = batch.pins.held_elsewhere(member, opened)

@@ -1,0 +1,98 @@
+"""Logprobs of prompts: those of stock SGLang, with every shared token computed once."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+from engines import flush, wait_until_whole
+from prompts import distinct_tokens
+
+TOP, IDS = 3, [5, 17, 99]
+
+
+def scored_batch(count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of two levels of shared prefixes, some equal, and some the beginnings of others."""
+    rng = random.Random(seed)
+
+    def tokens(length: int) -> list[int]:
+        return [rng.randrange(3, 1000) for _ in range(length)]
+
+    documents = [tokens(rng.randrange(20, 70)) for _ in range(6)]
+    questions = [[*rng.choice(documents), *tokens(rng.randrange(3, 20))] for _ in range(30)]
+    prompts = [[*rng.choice(questions), *tokens(rng.randrange(1, 8))] for _ in range(count - 24)]
+    prompts += rng.sample(prompts, 8) + rng.sample(questions, 8) + documents[:4]
+    prompts += [tokens(rng.randrange(1, 40)) for _ in range(4)]
+    rng.shuffle(prompts)
+    return prompts
+
+
+def asks(prompts: list[list[int]], seed: int = 0) -> dict[str, list[Any]]:
+    """Logprobs from anywhere in the prompt on, with and without the likeliest tokens and ids."""
+    rng = random.Random(seed)
+    starts = [rng.choice([0, 0, -1, rng.randrange(len(p)), len(p) - 1, len(p)]) for p in prompts]
+    return {
+        "return_logprob": [rng.random() < 0.8 for _ in prompts],
+        "logprob_start_len": starts,
+        "top_logprobs_num": [rng.choice([0, 2, TOP]) for _ in prompts],
+        "token_ids_logprob": [rng.choice([None, IDS, IDS[1:]]) for _ in prompts],
+    }
+
+
+def same(ours: Any, stock: Any) -> bool:
+    """Logprobs to 1e-5, and all else exactly."""
+    if isinstance(stock, (list, tuple)):
+        return len(ours) == len(stock) and all(map(same, ours, stock))
+    if isinstance(stock, float):
+        return math.isclose(ours, stock, abs_tol=1e-5)
+    return ours == stock
+
+
+def assert_same_logprobs(ours: list[dict], stock: list[dict]) -> None:
+    for index, (mine, theirs) in enumerate(zip(ours, stock, strict=True)):
+        assert mine["output_ids"] == theirs["output_ids"], index
+        names = {name for name in theirs["meta_info"] if "logprobs" in name}
+        assert names == {name for name in mine["meta_info"] if "logprobs" in name}
+        for name in names:
+            assert same(mine["meta_info"][name], theirs["meta_info"][name]), (index, name)
+
+
+def computed(results: list[dict]) -> int:
+    infos = [result["meta_info"] for result in results]
+    return sum(info["prompt_tokens"] - info["cached_tokens"] for info in infos)
+
+
+def run(engine: Any, prompts: list[list[int]], outputs: int = 3, **options: Any) -> list[dict]:
+    flush(engine)
+    sampling = {"temperature": 0, "max_new_tokens": outputs, "ignore_eos": True}
+    return engine.generate(input_ids=prompts, sampling_params=sampling, **options)
+
+
+@pytest.mark.parametrize("which", ["engine", "scarce_engine", "mixing_engine"])
+def test_logprobs_are_those_of_stock(
+    which: str, request: pytest.FixtureRequest, stock_engine: Any
+) -> None:
+    """Ample and scarce KV, chunks that cut shared prefixes anywhere, requests that ask otherwise
+    than those whose tokens they share, or nothing."""
+    engine = request.getfixturevalue(which)
+    prompts = scored_batch(300)
+    wanted = asks(prompts)
+    ours = run(engine, prompts, **wanted)
+    report = wait_until_whole(engine)
+    assert_same_logprobs(ours, run(stock_engine, prompts, **wanted))
+    assert report["logprob_bytes"]["now"] == 0 < report["logprob_bytes"]["peak"]
+    if which != "scarce_engine":  # where prefixes are given up, and computed again
+        assert computed(ours) == distinct_tokens(prompts)
+        assert report["batches"][-1]["rescored_tokens"] == 0
+
+
+def test_whole_prompts_share_as_without_logprobs(engine: Any, stock_engine: Any) -> None:
+    """As lm-evaluation-harness asks."""
+    prompts = scored_batch(120, seed=1)
+    options = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
+    ours, stock = (run(one, prompts, 1, **options) for one in (engine, stock_engine))
+    assert_same_logprobs(ours, stock)
+    assert computed(ours) == distinct_tokens(prompts)
+    assert computed(stock) == sum(map(len, prompts))
