@@ -138,8 +138,11 @@ class ScoredStep:
             "extend_logprob_start_lens": [part.wide.start - part.begin for part in parts],
             "extend_input_logprob_token_ids": tokens.clamp_(0, batch.model_config.vocab_size - 1),
             "top_logprobs_nums": [part.wide.top for part in parts],
-            "token_ids_logprobs": [list(part.wide.ids) or None for part in parts],
         }
+        if any(part.wide.ids for part in parts):  # SGLang expects them of all requests or of none
+            wide["token_ids_logprobs"] = [list(part.wide.ids) for part in parts]
+        elif not batch.return_logprob:
+            wide["token_ids_logprobs"] = [None] * len(parts)
         own = {name: getattr(batch, name) for name in wide}
         vars(batch).update(wide)
         _current = self
@@ -241,14 +244,14 @@ def _narrow_lists(output: Any, index: int, own: Ask, wide: Ask) -> None:
     for lists in (output.next_token_top_logprobs_val, output.next_token_top_logprobs_idx):
         if lists is not None:
             lists[index] = lists[index][: own.top]
-    if own.ids:
+    if output.input_token_ids_logprobs_val is not None:
         rows = output.input_token_ids_logprobs_val[index][skip:]
         output.input_token_ids_logprobs_val[index] = [[row[c] for c in columns] for row in rows]
         output.input_token_ids_logprobs_idx[index] = [list(own.ids) for _ in rows]
-        if output.next_token_token_ids_logprobs_val is not None:
-            asked = output.next_token_token_ids_logprobs_val[index]
-            output.next_token_token_ids_logprobs_val[index] = asked[columns]
-            output.next_token_token_ids_logprobs_idx[index] = list(own.ids)
+    asked = output.next_token_token_ids_logprobs_val
+    if asked is not None and isinstance(asked[index], torch.Tensor):
+        asked[index] = asked[index][columns]
+        output.next_token_token_ids_logprobs_idx[index] = list(own.ids)
 
 
 def _give_earlier_rows(part: _Part) -> None:

@@ -249,9 +249,12 @@ class BatchPolicy:
             self._last_step = now
 
     def _may_mix(self, view: View) -> bool:
-        """SGLang retracts only in steps without prefill, so memory must suffice for both parts;
-        and it does not mix where logprobs of prompts are computed."""
-        if not view.decoding or self._rows_follow or any(m.lead for m in self._chosen):
+        """SGLang retracts only in steps without prefill, so memory must suffice for both parts.
+        Requests that decode count as tokens of a chunk, and must leave some of it; and SGLang does
+        not mix where logprobs of prompts are computed."""
+        if not 0 < view.decoding < self._limits.chunk:
+            return False
+        if self._rows_follow or any(member.lead for member in self._chosen):
             return False
         tokens = view.chunk_left + sum(map(tokens_to_prefill, self._chosen))
         slack = self._limits.page_size * (len(self._chosen) + 1)

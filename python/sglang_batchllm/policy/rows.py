@@ -110,7 +110,7 @@ class Rows:
             values,
             self.top_values[here, : ask.top].tolist(),
             self.top_ids[here, : ask.top].tolist(),
-            self.id_values[here][:, _places(ask.ids, self.ids)].tolist() if ask.ids else [],
+            self.id_values[here][:, _places(ask.ids, self.ids)].tolist(),
         )
 
     @property
