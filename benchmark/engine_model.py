@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from cost_model import Work
 from kv_model import KVPool, Request, make_request
 from sglang_batchllm.policy.batch import Member, member_of
-from sglang_batchllm.policy.core import Arrival, BatchPolicy, Limits, View
+from sglang_batchllm.policy.core import Arrival, BatchPolicy, Limits, View, prefix_limit
 from sglang_batchllm.policy.pins import ROOT
 from sglang_batchllm.policy.requests import Turn
+from sglang_batchllm.policy.rows import Ask
 
 MAX_PREFILL_TOKENS = 16384
 """SGLang's default."""
@@ -57,11 +58,19 @@ class EngineModel:
 
     # Requests
 
-    def submit_list(self, requests: Sequence[Request], turn: Turn | None = None) -> None:
-        """Requests of one call. turn: their part in a program."""
+    def submit_list(
+        self,
+        requests: Sequence[Request],
+        turn: Turn | None = None,
+        asks: Sequence[Ask | None] | None = None,
+    ) -> None:
+        """Requests of one call. turn: their part in a program. asks: logprobs of each one's prompt
+        that it wants."""
         for request in requests:
             self._queue(request)
-        self.policy.list_arrived([Arrival(r, turn, True) for r in requests], requests)
+        asks = asks or [None] * len(requests)
+        arrivals = [Arrival(r, turn, True, ask) for r, ask in zip(requests, asks, strict=True)]
+        self.policy.list_arrived(arrivals, requests)
 
     def submit(self, request: Request, shareable: bool = True) -> None:
         """A request by itself."""
@@ -168,6 +177,8 @@ class EngineModel:
             start = 0
             if member.batch is not None:
                 start = min(member.batch.pins.depth[request.node], request.tokens - 1)
+                limit = prefix_limit(request)
+                start = start if limit is None else min(start, limit)
             length = budget.add(request.tokens - start)
             if not length:
                 self.pool.lock(member.batch, request.node, -1)

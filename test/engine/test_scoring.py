@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+
 from engines import VOCAB_SIZE, flush, wait_until_whole
 from prompts import distinct_tokens
 
