@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,10 +162,12 @@ def test_a_request_that_asks_for_nothing_leaves_what_others_ask() -> None:
     assert [request.cached_tokens for request in requests].count(3) == 2
 
 
-def test_a_prefix_without_its_logprobs_is_computed_again() -> None:
-    """It is in the cache, from a list that asked for nothing."""
+@pytest.mark.parametrize("asks_nothing", range(4))
+def test_a_prefix_without_its_logprobs_is_computed_again(asks_nothing: int) -> None:
+    """It is in the cache, from a list that asked for nothing; whoever leads."""
     prompts = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6]]
-    engine, requests = engine_with(prompts, [Ask(1, 0, ())] * 3)
+    asks = [None if index == asks_nothing else Ask(1, 0, ()) for index in range(3)]
+    engine, requests = engine_with(prompts, asks)
     batch = member_of(requests[0]).batch  # type: ignore[union-attr]
     engine.pool._cached[batch.node_id(batch.members[0].home)] = 3
     engine.pool.evictable += 3
