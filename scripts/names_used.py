@@ -20,12 +20,29 @@ READ_FROM_OBJECTS = {
     "srt.managers.schedule_batch.Req": (
         "origin_input_ids output_ids extra_key sampling_params finished_reason to_finish "
         "already_computed cached_tokens last_node input_embeds positional_embed_overrides session "
-        "rid full_untruncated_fill_ids finished"
+        "rid full_untruncated_fill_ids finished return_logprob logprob logprob_start_len "
+        "input_token_logprobs temp_input_top_logprobs_val temp_input_top_logprobs_idx "
+        "temp_input_token_ids_logprobs_val temp_input_token_ids_logprobs_idx is_retracted"
     ),
     "srt.managers.schedule_batch.ScheduleBatch": (
         "reqs batch_is_full decoding_reqs forward_mode check_decode_mem "
-        "new_tokens_required_next_decode"
+        "new_tokens_required_next_decode prefix_lens extend_lens return_logprob "
+        "extend_logprob_start_lens extend_input_logprob_token_ids top_logprobs_nums "
+        "token_ids_logprobs model_config"
     ),
+    "srt.managers.schedule_batch.ReqLogprob": (
+        "top_logprobs_num token_ids_logprob input_token_logprobs_val"
+    ),
+    "srt.managers.utils.GenerationBatchResult": (
+        "copy_done logits_output extend_logprob_start_len_per_req"
+    ),
+    "srt.layers.logits_processor.LogitsProcessorOutput": (
+        "input_token_logprobs input_top_logprobs_val input_top_logprobs_idx "
+        "input_token_ids_logprobs_val input_token_ids_logprobs_idx next_token_top_logprobs_val "
+        "next_token_top_logprobs_idx next_token_token_ids_logprobs_val "
+        "next_token_token_ids_logprobs_idx"
+    ),
+    "srt.layers.logits_processor.LogitsProcessor": "_get_logits",
     "srt.layers.attention.hybrid_attn_backend.HybridAttnBackend": "decode_backend prefill_backend",
     "srt.layers.attention.base_attn_backend.AttentionBackend": "needs_cpu_seq_lens",
     "srt.layers.radix_attention.RadixAttention": (
@@ -85,8 +102,10 @@ READ_IN_ONE = {
     },
     "0.5.23": {
         "srt.managers.schedule_batch.Req": (
-            "prefix_len extend_end kv owned_kv_len beam_group cache_salt"
+            "prefix_len extend_end kv owned_kv_len beam_group cache_salt token_indices_to_pool"
         ),
+        "srt.layers.logits_processor.LogitsProcessorOutput": "finalize_input_logprobs",
+        "srt.model_executor.forward_batch_info.ForwardBatch": "token_indices_to_pool",
         "srt.managers.schedule_batch.ReqKvInfo": "req_pool_idx cache_protected_len",
         "srt.managers.schedule_policy.PrefillAdder": "memory_budget",
         "srt.mem_cache.prefill_budget.PrefillBudget": "total_offset current_offset",

@@ -94,6 +94,7 @@ def prefill(lengths: list[int], **changes: Any) -> ForwardBatch:
     batch.extend_logprob_start_lens_cpu = lengths
     batch.capture_hidden_mode = CaptureHiddenMode.NULL
     batch.return_logprob = False
+    batch.multi_item_delimiter_indices = None
     for name, value in changes.items():
         setattr(batch, name, value)
     return batch
@@ -130,7 +131,7 @@ def test_sampled_rows_are_as_without_hooks_and_the_others_never_reach_the_mlp() 
         {"forward_mode": ForwardMode.DECODE, "extend_seq_lens": None},
         {"capture_hidden_mode": CaptureHiddenMode.FULL},
         {"multi_item_delimiter_indices": [torch.tensor([1])]},
-        {"return_logprob": True, "extend_logprob_start_lens_cpu": [3, 1, 0]},
+        {"return_logprob": True, "extend_logprob_start_lens_cpu": [0, 0, 0]},
     ],
 )
 def test_whoever_reads_more_than_the_logits_gets_every_row(changes: dict[str, Any]) -> None:
@@ -150,6 +151,21 @@ def test_logprobs_of_outputs_need_the_last_rows_only() -> None:
     assert rows is not None
     assert rows.tolist() == LAST
     assert sampled_rows(prefill([1, 1, 1])) is None
+
+
+def test_logprobs_of_a_prompt_need_its_rows_from_their_start_on() -> None:
+    starts = [3, 0, 2]
+    batch = prefill(LENGTHS, return_logprob=True, extend_logprob_start_lens_cpu=starts)
+    rows = sampled_rows(batch)
+    assert rows is not None
+    assert rows.tolist() == [2, 3, 6, 7, 8]
+    torch.manual_seed(0)
+    layer = make_layer()
+    whole = run(layer, batch)
+    hook(layer)
+    for before, after in zip(whole, run(layer, batch), strict=True):
+        torch.testing.assert_close(after[rows], before[rows])
+    assert layer.mlp_rows == len(rows)
 
 
 def test_other_layers_and_lora_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,19 @@
 
 Every prompt token has to leave its K and V in every layer. What the last layer computes after its
 attention (output projection, norm, MLP) is read by the logits alone, at the last token of each
-request. So a prefill step of T tokens and R requests puts R rows through that part, not T: of a
-model with 32 layers of Llama-8B's shape, 2.8% of the matrix work. llama.cpp does the same in its
+request and where logprobs of the prompt are asked for. So a prefill step of T tokens and R requests
+that sample puts R rows through that part, not T: of a model with 32 layers of Llama-8B's shape,
+2.8% of the matrix work. llama.cpp does the same in its
 own graphs; here it takes forward hooks, since the model's code is SGLang's.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
 from sglang.srt.server_args import ServerArgs
@@ -63,23 +66,29 @@ def _refusal(layer: torch.nn.Module | None, server_args: ServerArgs) -> str | No
 
 
 def sampled_rows(batch: ForwardBatch) -> torch.Tensor | None:
-    """The rows (int64 [requests]) of a prefill or mixed batch whose logits are read; None where
+    """The rows (int64, rising) of a prefill or mixed batch whose logits are read; None where
     that is all rows, or where more than the logits is asked for."""
     if not batch.forward_mode.is_extend() or batch.extend_seq_lens is None:
         return None
-    if batch.input_ids.shape[0] == batch.extend_seq_lens.shape[0]:
+    if batch.capture_hidden_mode != CaptureHiddenMode.NULL:
         return None
-    if batch.capture_hidden_mode != CaptureHiddenMode.NULL or _wants_prompt_logprobs(batch):
+    if batch.multi_item_delimiter_indices is not None or seam.is_scored_anywhere(batch):
         return None
-    if batch.multi_item_delimiter_indices is not None:
-        return None  # several texts of one prompt are scored
     if batch.input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return None  # a graph is replayed with other batches
-    return torch.cumsum(batch.extend_seq_lens, dim=0) - 1
+    tokens, requests = batch.input_ids.shape[0], batch.extend_seq_lens.shape[0]
+    if not batch.return_logprob:
+        return None if tokens == requests else torch.cumsum(batch.extend_seq_lens, dim=0) - 1
+    if batch.extend_seq_lens_cpu is None or batch.extend_logprob_start_lens_cpu is None:
+        return None
+    rows = _scored_rows(batch.extend_seq_lens_cpu, batch.extend_logprob_start_lens_cpu)
+    return None if len(rows) == tokens else torch.from_numpy(rows).to(batch.input_ids.device)
 
 
-def _wants_prompt_logprobs(batch: ForwardBatch) -> bool:
-    lengths, starts = batch.extend_seq_lens_cpu, batch.extend_logprob_start_lens_cpu
-    if not batch.return_logprob or lengths is None or starts is None:
-        return batch.return_logprob
-    return any(start < length for length, start in zip(lengths, starts, strict=True))
+def _scored_rows(extend_lens: Sequence[int], logprob_starts: Sequence[int]) -> np.ndarray:
+    """Of each request those from where it asks for logprobs on, at least the last; int64[rows]."""
+    lengths = np.array(extend_lens)
+    starts = np.minimum(np.array(logprob_starts), lengths - 1)
+    counts = lengths - starts
+    first = np.cumsum(lengths) - lengths + starts
+    return np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)

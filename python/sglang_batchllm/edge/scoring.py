@@ -49,6 +49,8 @@ def ask_of(req: Req) -> Ask | None:
     start = req.logprob_start_len
     if not req.return_logprob or not 0 <= start < len(req.origin_input_ids) - 1:
         return None
+    if seam.reads_few_positions(req):
+        return None
     return Ask(start, req.logprob.top_logprobs_num, tuple(req.logprob.token_ids_logprob or ()))
 
 

@@ -53,3 +53,8 @@ class SampledRows:
 def norm_may_reduce(layer: Any) -> bool:
     """Whether the layer's norm may be fused with the all-reduce of tensor parallelism."""
     return hasattr(layer, "layer_communicator")
+
+
+def is_scored_anywhere(batch: ForwardBatch) -> bool:
+    """Whether logits are read at positions that requests name; they can not."""
+    return False

@@ -59,3 +59,8 @@ class SampledRows:
 def norm_may_reduce(layer: Any) -> bool:
     """Whether the layer's norm may be fused with the all-reduce of tensor parallelism."""
     return True
+
+
+def is_scored_anywhere(batch: ForwardBatch) -> bool:
+    """Whether logits are read at positions that requests name."""
+    return batch.token_indices_to_pool is not None
