@@ -44,6 +44,17 @@ def _record_last_layer(path: Path) -> None:
     Scheduler.init_schedule_policy = record
 
 
+def keep_no_rows(engine_class: Any) -> None:
+    """Engines made from `engine_class` from now on have no memory for logprobs of shared tokens."""
+    in_scheduler(engine_class, _keep_no_rows)
+
+
+def _keep_no_rows() -> None:
+    from sglang_batchllm.policy.rows import RowMemory
+
+    RowMemory.__init__.__defaults__ = (0,)
+
+
 ABORTED_IN_PREFILL = {"custom_params": {"abort_in_prefill": True}}
 """Among a request's sampling parameters: abort it as soon as a part of its prompt is computed."""
 

@@ -56,14 +56,6 @@ def test_output_logprobs(engine, stock_engine):
         assert len(mine["meta_info"]["output_top_logprobs"]) == len(mine_lp)
 
 
-def test_input_logprobs_compute_the_whole_prompt_again(engine, stock_engine):
-    ours, stock = same_as_stock(engine, stock_engine, return_logprob=True, logprob_start_len=0)
-    for mine, theirs in zip(ours, stock, strict=True):
-        mine_lp = [entry[0] for entry in mine["meta_info"]["input_token_logprobs"][1:]]
-        their_lp = [entry[0] for entry in theirs["meta_info"]["input_token_logprobs"][1:]]
-        assert mine_lp == pytest.approx(their_lp, abs=1e-4)
-
-
 def test_stop_strings(engine, stock_engine):
     texts = [f"{'once ' * 30} there were {i}" for i in range(6)]
     plain = generate(engine, input_ids=None, prompt=texts, sampling_params=GREEDY)

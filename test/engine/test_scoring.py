@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engines import VOCAB_SIZE, flush, wait_until_whole
+from engines import (
+    AMPLE,
+    SERVER_PAGE_SIZE,
+    VOCAB_SIZE,
+    Server,
+    flush,
+    keep_no_rows,
+    wait_until_whole,
+)
 from prompts import distinct_tokens
 
 IDS = [5, 17, 99]
@@ -101,3 +112,95 @@ def test_whole_prompts_share_as_without_logprobs(engine: Any, stock_engine: Any)
     assert_same_logprobs(ours, stock)
     assert computed(ours) == distinct_tokens(prompts)
     assert computed(stock) == sum(map(len, prompts))
+
+
+def test_pages_of_several_tokens(server: Server, stock_engine: Any) -> None:
+    """Of a page that is not whole nobody finds anything."""
+    prompts = scored_batch(100, seed=2)
+    options = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
+    sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
+    flush(server)
+    body = {"input_ids": prompts, "sampling_params": sampling, **options}
+    ours = server.post("/generate", body).json()
+    assert_same_logprobs(ours, run(stock_engine, prompts, 1, **options))
+    assert computed(ours) == distinct_tokens(prompts, SERVER_PAGE_SIZE)
+
+
+def test_requests_that_gather_share(engine: Any, stock_engine: Any) -> None:
+    prompts = scored_batch(80, seed=3)
+    options = {"return_logprob": True, "logprob_start_len": 0}
+    stock = run(stock_engine, prompts, 1, **options)
+    flush(engine)
+    sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
+
+    async def all_at_once() -> list[dict]:
+        return await asyncio.gather(
+            *[
+                engine.async_generate(input_ids=prompt, sampling_params=sampling, **options)
+                for prompt in prompts
+            ]
+        )
+
+    ours = engine.loop.run_until_complete(all_at_once())
+    assert_same_logprobs(ours, stock)
+    assert computed(ours) < computed(stock) / 2
+    assert wait_until_whole(engine)["logprob_bytes"]["now"] == 0
+
+
+@pytest.mark.parametrize("which", ["engine", "scarce_engine"])
+def test_aborts_and_retractions_harm_nobody(
+    which: str, request: pytest.FixtureRequest, stock_engine: Any
+) -> None:
+    """Every third request is aborted while all are prefilled or decode, and memory is short."""
+    engine = request.getfixturevalue(which)
+    prompts = scored_batch(90, seed=4)
+    options = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 1}
+    stock = run(stock_engine, prompts, 12, **options)
+    flush(engine)
+    rids = [f"{which}-scored-{index:03d}" for index in range(len(prompts))]
+    sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+
+    async def disturbed() -> list[dict]:
+        task = asyncio.ensure_future(
+            engine.async_generate(input_ids=prompts, sampling_params=sampling, rid=rids, **options)
+        )
+        await asyncio.sleep(0.1)
+        for rid in rids[::3]:
+            engine.tokenizer_manager.abort_request(rid)
+        return await task
+
+    ours = engine.loop.run_until_complete(disturbed())
+    report = wait_until_whole(engine)
+    assert report["logprob_bytes"]["now"] == 0
+    whole = [r["meta_info"]["finish_reason"]["type"] != "abort" for r in ours]
+    assert len(prompts) * 2 // 3 <= sum(whole) < len(prompts)
+    pairs = [pair for pair, good in zip(zip(ours, stock, strict=True), whole, strict=True) if good]
+    assert_same_logprobs(*map(list, zip(*pairs, strict=True)))
+
+
+def test_where_memory_is_short_requests_score_as_in_stock(
+    forgetful_engine: Any, stock_engine: Any
+) -> None:
+    prompts = scored_batch(60, seed=5)
+    options = {"return_logprob": True, "logprob_start_len": 0}
+    ours = run(forgetful_engine, prompts, 2, **options)
+    assert_same_logprobs(ours, run(stock_engine, prompts, 2, **options))
+    report = wait_until_whole(forgetful_engine)["batches"][-1]
+    assert computed(ours) == sum(map(len, prompts))
+    assert report["rescored_tokens"] == computed(ours) - distinct_tokens(prompts)
+
+
+@pytest.fixture(scope="module")
+def forgetful_engine(tiny_model: Path) -> Iterator[Any]:
+    """It has no memory for logprobs of shared tokens."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    class Forgetful(Engine):
+        pass
+
+    keep_no_rows(Forgetful)
+    engine = Forgetful(
+        model_path=str(tiny_model), dtype="float32", batchllm=True, max_total_tokens=AMPLE
+    )
+    yield engine
+    engine.shutdown()
