@@ -59,7 +59,6 @@ def run_side(flags: list[str], side: str, clients: Sequence[int]) -> Iterator[Ro
             case = case_of(count)
             url = f"http://127.0.0.1:{port}"
             started, seconds, answers = asyncio.run(measure(url, case, count, vocabulary))
-            time.sleep(1)  # until the scheduler is idle and has flushed its file
             ran = [step for step in read_steps(steps_file) if step.start >= started]
             yield {"case": case.name, "side": side, **figures(answers, ran, seconds)}
 

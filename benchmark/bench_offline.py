@@ -73,7 +73,6 @@ def run_side(
                 seconds = time.perf_counter() - started
                 result = measure(case, order, side, pairs, results, seconds)
                 if steps:
-                    time.sleep(0.5)  # until the scheduler has flushed its file
                     ran = (step for step in read_steps(steps_file) if step.start >= started)
                     if "chunked_prefill_size" in options:
                         result["chunk"] = options["chunked_prefill_size"]

@@ -52,7 +52,6 @@ def run_side(model: str, side: str, requests: int, pipe: Any) -> None:
         started = time.perf_counter()
         engine.generate(input_ids=prompts, sampling_params=sampling)
         seconds = time.perf_counter() - started
-        time.sleep(0.5)  # until the scheduler has flushed its file
     finally:
         engine.shutdown()
     steps = [step for step in read_steps(steps_file) if step.start >= started]
