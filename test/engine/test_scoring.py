@@ -21,6 +21,7 @@ from engines import (
     wait_until_whole,
 )
 from prompts import distinct_tokens
+from steps import read_steps
 
 IDS = [5, 17, 99]
 
@@ -112,6 +113,8 @@ def test_whole_prompts_share_as_without_logprobs(engine: Any, stock_engine: Any)
     assert_same_logprobs(ours, stock)
     assert computed(ours) == distinct_tokens(prompts)
     assert computed(stock) == sum(map(len, prompts))
+    rows = [row for one in ours for row in one["meta_info"]["input_top_logprobs"] if row]
+    assert len({id(row) for row in rows}) < len(rows) / 2, "each was made for every request"
 
 
 def test_pages_of_several_tokens(server: Server, stock_engine: Any) -> None:
@@ -204,3 +207,17 @@ def forgetful_engine(tiny_model: Path) -> Iterator[Any]:
     )
     yield engine
     engine.shutdown()
+
+
+def test_requests_that_only_score_run_in_full_prefill_steps(
+    mixing_engine: Any, steps_file: Path
+) -> None:
+    flush(mixing_engine)
+    before = len(read_steps(steps_file))
+    prompts = scored_batch(200, seed=6)
+    run(mixing_engine, prompts, 1, return_logprob=True, logprob_start_len=0)
+    steps = read_steps(steps_file)[before:]
+    prefills = [step.prefill_tokens for step in steps if step.prefill_tokens]
+    assert sum(prefills) == distinct_tokens(prompts)
+    assert len(prefills) < 1.1 * sum(prefills) / max(prefills)
+    assert len(steps) - len(prefills) <= 1  # launched before the last answers were known

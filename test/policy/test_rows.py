@@ -60,7 +60,7 @@ class ScoringEngine(EngineModel):
             expected = rows_of(request.origin_input_ids, ask.start, begin, ask.top, ask.ids)
             for name, wanted in expected._asdict().items():
                 found = [value for part in parts for value in getattr(part, name)]
-                assert found == list(wanted), name
+                assert found == wanted, name
         for request, _ in prefilled:
             if request.computed == request.tokens:
                 self.policy.was_scored(request)

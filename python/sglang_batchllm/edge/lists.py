@@ -18,8 +18,8 @@ from sglang.srt.managers.io_struct import (
 )
 
 from sglang_batchllm.edge import seams
+from sglang_batchllm.edge.answers import SharedAnswers
 from sglang_batchllm.edge.args import resolved
-from sglang_batchllm.edge.garbage import Garbage
 from sglang_batchllm.edge.messages import AbortList
 from sglang_batchllm.server.handover import SLICE, TEXT_SLICE
 
@@ -34,7 +34,7 @@ POLL_SECONDS = 0.5
 """How often the connection of a client that waits for a list is looked at."""
 
 
-class ListIntake(seam.SendingManager):
+class ListIntake(SharedAnswers):
     """SGLang's front end, with lists of any length.
 
     SGLang sends lists of token ids whole; here lists of plain text are too. Each of their requests
@@ -46,7 +46,6 @@ class ListIntake(seam.SendingManager):
         super().init_running_status()
         self._aborts: list[AbortReq] = []
         self._expects_many = False
-        self.garbage = Garbage()
 
     async def expect_many(self) -> None:
         """The scheduler, too, sets aside what lives before the first of them come."""

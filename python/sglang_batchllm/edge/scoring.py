@@ -203,7 +203,7 @@ class ScoredStep:
             narrow.append(mine[own.start - wide.start :])
             if part.leaves:
                 lists = RowLists(
-                    mine.float().numpy(),  # type: ignore[arg-type]
+                    mine.tolist(),
                     _of(output.input_top_logprobs_val, index),
                     _of(output.input_top_logprobs_idx, index),
                     _of(output.input_token_ids_logprobs_val, index),
@@ -233,7 +233,7 @@ def score_rows(original: Callable[..., Any], processor: Any, **arguments: Any) -
 
 
 def _of(lists: list[Any] | None, index: int) -> Any:
-    return lists[index] if lists is not None else ()
+    return lists[index] if lists is not None else []
 
 
 def _narrow_lists(output: Any, index: int, own: Ask, wide: Ask) -> None:

@@ -9,15 +9,17 @@ The plan knows every token that follows, so of that row the logprobs of all of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 MAX_BYTES = 1 << 30
 """Of all rows that are kept at one time; what does not fit is computed again."""
 
+NAN = float("nan")
 _NEVER = np.iinfo(np.int64).max
-_BYTES_PER_FOLLOWING = 100  # an entry of a dict, its key and its value
+
+T = TypeVar("T")
 
 
 class Ask(NamedTuple):
@@ -30,16 +32,12 @@ class Ask(NamedTuple):
 
 
 class RowLists(NamedTuple):
-    """Rows as SGLang has them: a logprob each, and a list each of logprobs or token ids."""
+    """Rows: a logprob each, and a list each of logprobs or token ids."""
 
-    values: Sequence[float]
-    top_values: Sequence[Sequence[float]]
-    top_ids: Sequence[Sequence[int]]
-    id_values: Sequence[Sequence[float]]
-
-
-def _places(ids: Sequence[int], among: Sequence[int]) -> list[int]:
-    return [among.index(token) for token in ids]
+    values: list[float]
+    top_values: list[list[float]]
+    top_ids: list[list[int]]
+    id_values: list[list[float]]
 
 
 class Asks:
@@ -69,20 +67,22 @@ class Asks:
 class Rows:
     """The rows of prompt positions [start, stop), which end with a shared node.
 
-    values: float32[n], the logprob of each next token; top_values, top_ids: float32 and int32
-    [n, top], the most likely first; id_values: float32[n, len(ids)]. following: the logprob of each
-    token that comes after the last position, where that is not the same for all; else None. They
-    are filled as forward passes end; whoever reads them runs in a later pass.
+    top, ids: what each row has. following: the logprob of each token that comes after the last
+    position, where that is not the same for all; else None. All is NaN until it is filled as
+    forward passes end; whoever reads it runs in a later pass.
+
+    Rows are lists, as SGLang has them and sends them: those who share them then share the very
+    lists, which are written once into a message and not converted for each request.
     """
 
     def __init__(self, start: int, stop: int, ask: Ask, following: Sequence[int] | None):
-        self.start, self.stop, self.ids = start, stop, ask.ids
-        self.following = None if following is None else dict.fromkeys(following, float("nan"))
+        self.start, self.stop, self.top, self.ids = start, stop, ask.top, ask.ids
+        self.following = None if following is None else dict.fromkeys(following, NAN)
         count = stop - start
-        self.values = np.full(count, np.nan, np.float32)
-        self.top_values = np.full((count, ask.top), np.nan, np.float32)
-        self.top_ids = np.zeros((count, ask.top), np.int32)
-        self.id_values = np.full((count, len(ask.ids)), np.nan, np.float32)
+        self._values: list[float] = [NAN] * count
+        self._top_values: list[list[float]] = [[NAN] * ask.top] * count
+        self._top_ids: list[list[int]] = [[0] * ask.top] * count
+        self._id_values: list[list[float]] = [[NAN] * len(ask.ids)] * count
 
     def fill(self, start: int, part: RowLists, ids: Sequence[int]) -> None:
         """A pass has computed rows from position `start` on, with at least `top` tokens and, among
@@ -91,34 +91,50 @@ class Rows:
         if low >= high:
             return
         here, there = slice(low - self.start, high - self.start), slice(low - start, high - start)
-        self.values[here] = part.values[there]
-        top = self.top_ids.shape[1]
-        if top:
-            self.top_values[here] = [row[:top] for row in part.top_values[there]]
-            self.top_ids[here] = [row[:top] for row in part.top_ids[there]]
+        self._values[here] = part.values[there]
+        if self.top:
+            self._top_values[here] = _first(self.top, part.top_values[there])
+            self._top_ids[here] = _first(self.top, part.top_ids[there])
         if self.ids:
-            self.id_values[here] = np.array(part.id_values[there])[:, _places(self.ids, ids)]
+            self._id_values[here] = _columns(self.ids, ids, part.id_values[there])
 
     def read(self, start: int, stop: int, prompt: Sequence[int], ask: Ask) -> RowLists:
         """Of these rows those of positions [start, stop), for a prompt of which they are a part."""
         low, high = max(start, self.start), min(stop, self.stop)
         here = slice(low - self.start, max(high, low) - self.start)
-        values = self.values[here].tolist()
+        values = self._values[here]
         if self.following is not None and low < high == self.stop:
-            values[-1] = self.following.get(prompt[high], float("nan"))
+            values[-1] = self.following.get(prompt[high], NAN)
         return RowLists(
             values,
-            self.top_values[here, : ask.top].tolist(),
-            self.top_ids[here, : ask.top].tolist(),
-            self.id_values[here][:, _places(ask.ids, self.ids)].tolist(),
+            _first(ask.top, self._top_values[here]),
+            _first(ask.top, self._top_ids[here]),
+            _columns(ask.ids, self.ids, self._id_values[here]),
         )
 
     @property
     def bytes(self) -> int:
-        arrays = (self.values, self.top_values, self.top_ids, self.id_values)
-        return sum(array.nbytes for array in arrays) + _BYTES_PER_FOLLOWING * len(
-            self.following or ()
-        )
+        """About what the lists take of CPython's memory."""
+        row = 32 + (144 + 64 * self.top if self.top else 0)
+        row += 72 + 32 * len(self.ids) if self.ids else 0
+        return row * (self.stop - self.start) + 100 * len(self.following or ())
+
+
+def _first(count: int, lists: list[list[T]]) -> list[list[T]]:
+    """The first elements of each list: the very lists, where they have no more."""
+    if not lists or len(lists[0]) == count:
+        return lists
+    return [one[:count] for one in lists]
+
+
+def _columns(
+    wanted: Sequence[int], ids: Sequence[int], lists: list[list[float]]
+) -> list[list[float]]:
+    """Of lists with an element for each of `ids` those of the wanted ones, in their order."""
+    if tuple(wanted) == tuple(ids):
+        return lists
+    places = [ids.index(token) for token in wanted]
+    return [[one[place] for place in places] for one in lists]
 
 
 class Lead(NamedTuple):
