@@ -22,7 +22,8 @@ READ_FROM_OBJECTS = {
         "already_computed cached_tokens last_node input_embeds positional_embed_overrides session "
         "rid full_untruncated_fill_ids finished return_logprob logprob logprob_start_len "
         "input_token_logprobs temp_input_top_logprobs_val temp_input_top_logprobs_idx "
-        "temp_input_token_ids_logprobs_val temp_input_token_ids_logprobs_idx is_retracted"
+        "temp_input_token_ids_logprobs_val temp_input_token_ids_logprobs_idx is_retracted "
+        "inflight_middle_chunks"
     ),
     "srt.managers.schedule_batch.ScheduleBatch": (
         "reqs batch_is_full decoding_reqs forward_mode check_decode_mem "

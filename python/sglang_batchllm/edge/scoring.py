@@ -85,12 +85,14 @@ class _Part:
         self.wide, self.leaves = self.own, list[Rows]()
         leave = policy.rows_to_leave(self.req)
         if leave is not None:
-            ask, self.leaves = leave
-            self.wide = Ask(
-                max(min(self.own.start, ask.start), self.begin),
-                max(self.own.top, ask.top),
-                tuple(dict.fromkeys(ids + ask.ids)),
-            )
+            ask, left = leave
+            self.leaves = [r for r in left if r.start < self.end and r.stop > self.begin]
+            if self.leaves:
+                self.wide = Ask(
+                    max(min(self.own.start, ask.start), self.begin),
+                    max(self.own.top, ask.top),
+                    tuple(dict.fromkeys(ids + ask.ids)),
+                )
         self.reads = policy.rows_to_read(self.req)
 
     @property
@@ -106,14 +108,14 @@ class ScoredStep:
     def __init__(self, batch: ScheduleBatch, parts: list[_Part]):
         self.batch = batch
         self._parts = parts
-        self._widens = any(part.leaves for part in parts)
+        self._widens = any(part.wide != part.own for part in parts)
         # The last row of a node tells of every token that follows it.
         pruned = [max(part.end - part.wide.start, 1) for part in parts]
         self._last_rows = [
             (at + rows.stop - 1 - part.wide.start, rows)
             for part, at in zip(parts, accumulate(pruned, initial=0), strict=False)
             for rows in part.leaves
-            if rows.following is not None and part.wide.start < rows.stop <= part.end
+            if rows.following and part.wide.start < rows.stop <= part.end
         ]
         self._following: torch.Tensor | None = None
 
@@ -130,9 +132,16 @@ class ScoredStep:
     def running(self) -> Iterator[None]:
         """Within it the batch asks for all that is wanted of it."""
         global _current
-        if not self._widens:
+        own = self._widen() if self._widens else {}
+        _current = self
+        try:
             yield
-            return
+        finally:
+            _current = None
+            vars(self.batch).update(own)
+
+    def _widen(self) -> dict[str, Any]:
+        """Have the batch ask for all that is wanted of it; returns what it asked before."""
         batch, parts = self.batch, self._parts
         tokens = torch.tensor([token for part in parts for token in part.wide_tokens])
         wide: dict[str, Any] = {
@@ -147,12 +156,7 @@ class ScoredStep:
             wide["token_ids_logprobs"] = [None] * len(parts)
         own = {name: getattr(batch, name) for name in wide}
         vars(batch).update(wide)
-        _current = self
-        try:
-            yield
-        finally:
-            _current = None
-            vars(batch).update(own)
+        return own
 
     def score_following(self, states: torch.Tensor, logits_of: Callable[..., torch.Tensor]) -> None:
         """states: [rows, hidden size] of all rows of the pass. logits_of: theirs."""
@@ -174,8 +178,8 @@ class ScoredStep:
         """Take the rows from a pass's result, narrow it, and give requests the rows before it."""
         if result.copy_done is not None:
             result.copy_done.synchronize()
-        if self._widens:
-            seam.finalize(result.logits_output)
+        seam.finalize(result.logits_output)
+        if result.logits_output.input_token_logprobs is not None:
             self._narrow(result)
         if self._following is not None:
             values = iter(self._following.tolist())
@@ -200,7 +204,8 @@ class ScoredStep:
             own, wide = part.own, part.wide
             mine = values[at : at + part.end - wide.start]
             at += len(mine)
-            narrow.append(mine[own.start - wide.start :])
+            if not _is_skipped(part.req):
+                narrow.append(mine[own.start - wide.start :])
             if part.leaves:
                 lists = RowLists(
                     mine.tolist(),
@@ -212,7 +217,7 @@ class ScoredStep:
                     rows.fill(wide.start, lists, wide.ids)
             if wide != own:
                 _narrow_lists(output, index, own, wide)
-        output.input_token_logprobs = torch.cat(narrow)
+        output.input_token_logprobs = torch.cat(narrow) if narrow else values[:0]
         result.extend_logprob_start_len_per_req = [p.own.start - p.begin for p in self._parts]
 
 
@@ -230,6 +235,12 @@ def score_rows(original: Callable[..., Any], processor: Any, **arguments: Any) -
             lambda states: compute(states, head, metadata, use_logits_buffer=False),
         )
     return original(processor, **arguments)
+
+
+def _is_skipped(req: Req) -> bool:
+    """Whether SGLang passes over the request in a prefill's result. It passes over its place in the
+    logprobs, too, but not over the logprobs, so that those after it would get them."""
+    return req.is_retracted or (req.finished() and req.inflight_middle_chunks <= 0)
 
 
 def _of(lists: list[Any] | None, index: int) -> Any:
