@@ -12,7 +12,7 @@ from engine_model import EngineModel, Policy
 from kv_model import Request, make_request
 from sglang_batchllm.policy.batch import member_of
 from sglang_batchllm.policy.rows import Ask, RowLists, RowMemory, Rows
-from test_steps import assert_whole, computed, prompt_lists, seeds
+from test_steps import assert_whole, computed, prompt_lists, run_disturbed, seeds
 
 IDS = (3, 8, 5)
 
@@ -122,17 +122,7 @@ def test_aborts_and_retractions_leave_no_rows(prompts: list[list[int]], seed: in
     rng = random.Random(seed)
     asks = random_asks(prompts, rng)
     engine, requests = engine_with(prompts, asks, capacity=rng.choice([20, 60, 10**6]), chunk=3)
-    for _ in range(2000):
-        if not engine.busy:
-            break
-        engine.step()
-        if rng.random() < 0.3:
-            alive = [request for request in requests if request.end is None]
-            if alive:
-                engine.abort(rng.choice(alive))
-        if engine.running and rng.random() < 0.3:
-            engine.retract(rng.choice(engine.running))
-    assert not engine.busy, "the batch never finished"
+    run_disturbed(engine, requests, rng)
     assert engine.policy.report()["logprob_bytes"]["now"] == 0
     assert_whole(engine)
 

@@ -43,6 +43,21 @@ def assert_whole(engine: EngineModel) -> None:
     assert not engine.policy.report()["running"]
 
 
+def run_disturbed(engine: EngineModel, requests: list[Request], rng: random.Random) -> None:
+    """To the end, with aborts and retractions now and then."""
+    for _ in range(2000):
+        if not engine.busy:
+            break
+        engine.step()
+        if rng.random() < 0.3:
+            alive = [request for request in requests if request.end is None]
+            if alive:
+                engine.abort(rng.choice(alive))
+        if engine.running and rng.random() < 0.3:
+            engine.retract(rng.choice(engine.running))
+    assert not engine.busy, "the batch never finished"
+
+
 @settings(max_examples=150, deadline=None)
 @given(prompt_lists, seeds)
 def test_everything_is_computed_once_and_nothing_is_held(prompts, seed):
@@ -64,17 +79,7 @@ def test_everything_is_computed_once_and_nothing_is_held(prompts, seed):
 def test_aborts_and_retractions_leak_nothing(prompts, seed):
     rng = random.Random(seed)
     engine, requests = engine_with(prompts, capacity=rng.choice([20, 60, 10**6]), chunk=3)
-    for _ in range(2000):
-        if not engine.busy:
-            break
-        engine.step()
-        if rng.random() < 0.3:
-            alive = [request for request in requests if request.end is None]
-            if alive:
-                engine.abort(rng.choice(alive))
-        if engine.running and rng.random() < 0.3:
-            engine.retract(rng.choice(engine.running))
-    assert not engine.busy, "the batch never finished"
+    run_disturbed(engine, requests, rng)
     (report,) = engine.policy.report()["batches"]
     assert report["finished"] + report["aborted"] == len(prompts)
     assert_whole(engine)
