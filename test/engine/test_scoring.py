@@ -105,11 +105,14 @@ def test_logprobs_are_those_of_stock(
         assert report["batches"][-1]["rescored_tokens"] == 0
 
 
-def test_whole_prompts_share_as_without_logprobs(engine: Any, stock_engine: Any) -> None:
+@pytest.mark.parametrize("outputs", [0, 1])
+def test_whole_prompts_share_as_without_logprobs(
+    outputs: int, engine: Any, stock_engine: Any
+) -> None:
     """As lm-evaluation-harness asks."""
     prompts = scored_batch(120, seed=1)
     options = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
-    ours, stock = (run(one, prompts, 1, **options) for one in (engine, stock_engine))
+    ours, stock = (run(one, prompts, outputs, **options) for one in (engine, stock_engine))
     assert_same_logprobs(ours, stock)
     assert computed(ours) == distinct_tokens(prompts)
     assert computed(stock) == sum(map(len, prompts))
