@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,17 @@ def run(engine: Any, prompts: list[list[int]], outputs: int = 3, **options: Any)
     return engine.generate(input_ids=prompts, sampling_params=sampling, **options)
 
 
+@pytest.fixture(scope="module")
+def stock_answers(stock_engine: Any) -> Callable[[bool], list[dict]]:
+    """Of the test below."""
+    prompts = scored_batch(300)
+    return functools.cache(lambda with_ids: run(stock_engine, prompts, **asks(prompts, with_ids)))
+
+
 @pytest.mark.parametrize("with_ids", [True, False])
 @pytest.mark.parametrize("which", ["engine", "scarce_engine", "mixing_engine"])
 def test_logprobs_are_those_of_stock(
-    which: str, with_ids: bool, request: pytest.FixtureRequest, stock_engine: Any
+    which: str, with_ids: bool, request: pytest.FixtureRequest, stock_answers: Callable
 ) -> None:
     """Ample and scarce KV, chunks that cut shared prefixes anywhere, requests that ask otherwise
     than those whose tokens they share, or nothing."""
@@ -98,7 +106,7 @@ def test_logprobs_are_those_of_stock(
     wanted = asks(prompts, with_ids)
     ours = run(engine, prompts, **wanted)
     report = wait_until_whole(engine)
-    assert_same_logprobs(ours, run(stock_engine, prompts, **wanted))
+    assert_same_logprobs(ours, stock_answers(with_ids))
     assert report["logprob_bytes"]["now"] == 0 < report["logprob_bytes"]["peak"]
     if which != "scarce_engine":  # where prefixes are given up, and computed again
         assert computed(ours) == distinct_tokens(prompts)
