@@ -17,6 +17,9 @@ TOOLS = {"pyright", "pytest-timeout", "ruff"}
 KERNELS = {"flashinfer", "sgl_kernel"}
 """Rivals in a benchmark: SGLang's own kernels, under the version that it brings."""
 
+ASKED_FOR = {"lm_eval"}
+"""A benchmark of it says how to install it, since it brings much that nothing else needs."""
+
 
 def imported(*folders: str) -> set[str]:
     """The distributions that Python files in these folders import from."""
@@ -28,7 +31,7 @@ def imported(*folders: str) -> set[str]:
         for path in (ROOT / folder).rglob("*.py")
         for name in modules_in(ast.parse(path.read_text(encoding="utf-8")))
     }
-    foreign = modules - set(sys.stdlib_module_names) - own - KERNELS
+    foreign = modules - set(sys.stdlib_module_names) - own - KERNELS - ASKED_FOR
     return {normal(of_module[module][0]) for module in foreign}
 
 

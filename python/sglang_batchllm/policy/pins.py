@@ -9,19 +9,45 @@ it has finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from sglang_batchllm.planning import BatchPlan
 from sglang_batchllm.planning.grouping import usable_depth
+from sglang_batchllm.policy.requests import Request
+from sglang_batchllm.policy.rows import Ask, Lead
 from sglang_batchllm.policy.store import Store
-
-if TYPE_CHECKING:
-    from sglang_batchllm.policy.batch import Member
-    from sglang_batchllm.policy.scoring import Scoring
 
 COLD, COMPUTING, READY = range(3)
 ROOT = 0
+
+
+class Leader(Protocol):
+    """What is noted about a request of the plan. home: its deepest shared node, or ROOT. claimed:
+    shared nodes that it is scheduled to compute and has not yet, top down. matched: prompt tokens
+    found in the cache when it was last scheduled. ask, lead: logprobs of its prompt that it has yet
+    to be given, and those that it leaves."""
+
+    home: int
+    claimed: list[int]
+    matched: int
+    ask: Ask | None
+    lead: Lead | None
+
+    @property
+    def request(self) -> Request: ...
+
+
+class Scores(Protocol):
+    """Who keeps logprobs beside the nodes; see `scoring.Scoring`."""
+
+    def claimed(self, member: Any) -> None: ...
+
+    def published(self, member: Any, nodes: Iterable[int]) -> None: ...
+
+    def unclaimed(self, member: Any) -> None: ...
+
+    def let_go(self, node: int) -> None: ...
 
 
 class PinnedTree:
@@ -32,7 +58,7 @@ class PinnedTree:
     scoring: told of every change, where requests ask for logprobs of their prompts.
     """
 
-    scoring: Scoring | None = None
+    scoring: Scores | None = None
 
     def __init__(self, plan: BatchPlan, store: Store, count: Callable[[int], None]):
         """count: told how many tokens more are pinned, or fewer."""
@@ -65,7 +91,7 @@ class PinnedTree:
     def is_ready(self, node: int) -> bool:
         return self._state[node] == READY
 
-    def path_state(self, member: Member) -> tuple[int, int]:
+    def path_state(self, member: Leader) -> tuple[int, int]:
         """The uppermost COMPUTING node on the member's path (ROOT if none) and the tokens of the
         path's COLD nodes."""
         node, blocker = member.home, ROOT
@@ -75,7 +101,7 @@ class PinnedTree:
             node = self.parent[node]
         return blocker, self.depth[member.home] - self.depth[node]
 
-    def held_elsewhere(self, member: Member, opened: int) -> int:
+    def held_elsewhere(self, member: Leader, opened: int) -> int:
         """Tokens of the member's prompt beyond its READY nodes whose KV somebody holds anyway.
 
         opened: tokens of its COLD nodes.
@@ -83,7 +109,7 @@ class PinnedTree:
         held = self._store.locked(member.request.origin_input_ids, member.request.extra_key)
         return max(held - (self.depth[member.home] - opened), 0)
 
-    def claim(self, member: Member) -> None:
+    def claim(self, member: Leader) -> None:
         """Make the member the leader of every COLD node on its path."""
         node = member.home
         claimed = []
@@ -95,7 +121,7 @@ class PinnedTree:
         if self.scoring is not None:
             self.scoring.claimed(member)
 
-    def adopt(self, member: Member) -> None:
+    def adopt(self, member: Leader) -> None:
         """What a leader was to compute, and somebody has left in the cache, is there already."""
         if not member.claimed:
             return
@@ -107,7 +133,7 @@ class PinnedTree:
             member.matched = cached
             self.publish(member, cached)
 
-    def unclaim(self, member: Member) -> None:
+    def unclaim(self, member: Leader) -> None:
         """Give up what the member was to compute and has not."""
         for node in member.claimed:
             self._state[node] = COLD
@@ -115,7 +141,7 @@ class PinnedTree:
         if self.scoring is not None:
             self.scoring.unclaimed(member)
 
-    def publish(self, member: Member, computed: int) -> None:
+    def publish(self, member: Leader, computed: int) -> None:
         """Record that prompt tokens [0, computed) of a leader now have KV that others may read."""
         ready = [node for node in member.claimed if self.depth[node] <= computed]
         if not ready:
@@ -131,7 +157,7 @@ class PinnedTree:
         self._pin(ready[-1], member)
         self._add_pinned(self.depth[ready[-1]] - above)
 
-    def finish(self, member: Member, free: bool, last_use: bool) -> None:
+    def finish(self, member: Leader, free: bool, last_use: bool) -> None:
         """The member needs its prefixes no more; let go of those that nobody needs.
 
         free: give their KV back at once. last_use: see `Store.unpin`.
@@ -157,7 +183,7 @@ class PinnedTree:
         if ready:
             self._add_pinned(self.depth[survivor] - self.depth[ready[0]])
 
-    def relax(self, member: Member | None) -> int:
+    def relax(self, member: Leader | None) -> int:
         """Leave every pin that is not on the member's path to the cache's own eviction, so that
         the member (or a request of another batch) can run. Those prefixes count as COLD again;
         returns their tokens."""
@@ -184,7 +210,7 @@ class PinnedTree:
                 self._add_pinned(self.depth[self.parent[node]] - self.depth[node])
         return before - self.pinned_tokens
 
-    def _pin(self, node: int, member: Member) -> None:
+    def _pin(self, node: int, member: Leader) -> None:
         if node not in self._pins:
             request = member.request
             self._pins[node] = self._store.pin(

@@ -7,16 +7,31 @@ wants are kept. Where they are not, since memory for them was short, it computes
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from sglang_batchllm.policy.pins import ROOT, PinnedTree
+from sglang_batchllm.planning import BatchPlan
+from sglang_batchllm.policy.pins import ROOT, Leader, PinnedTree
 from sglang_batchllm.policy.rows import Asks, Lead, RowMemory, Rows
 
-if TYPE_CHECKING:
-    from sglang_batchllm.policy.batch import Batch, Member
+
+class Batch(Protocol):
+    """See `batch.Batch`."""
+
+    @property
+    def plan(self) -> BatchPlan: ...
+
+    @property
+    def order(self) -> Sequence[int]: ...
+
+    @property
+    def members(self) -> Sequence[Leader | None]: ...
+
+    def places(self, node: int, /) -> range: ...
+
+    def first_unfinished(self, places: range, /) -> Leader | None: ...
 
 
 class Scoring:
@@ -35,7 +50,7 @@ class Scoring:
 
     # What a leader leaves
 
-    def claimed(self, member: Member) -> None:
+    def claimed(self, member: Leader) -> None:
         """The member has become the leader of nodes; see what it has to leave."""
         if not member.claimed:
             return
@@ -53,7 +68,7 @@ class Scoring:
         if rows and self._memory.take(sum(one.bytes for one in rows.values())):
             member.lead = Lead(ask, rows)
 
-    def published(self, member: Member, nodes: Iterable[int]) -> None:
+    def published(self, member: Leader, nodes: Iterable[int]) -> None:
         """The pass that computes these nodes has been launched, and leaves their rows."""
         if member.lead is not None:
             for node in nodes:
@@ -63,7 +78,7 @@ class Scoring:
             if not member.claimed:
                 member.lead = None
 
-    def unclaimed(self, member: Member) -> None:
+    def unclaimed(self, member: Leader) -> None:
         """What the member has not computed it does not leave."""
         lead, member.lead = member.lead, None
         if lead is not None:
@@ -90,7 +105,7 @@ class Scoring:
 
     # What others find
 
-    def limit(self, member: Member) -> int | None:
+    def limit(self, member: Leader) -> int | None:
         """Prompt tokens that the member may find in the cache at most; None for all but one.
 
         It has to compute the rows that it leaves, and those that it asks and nobody has left.
@@ -102,7 +117,7 @@ class Scoring:
             limits.append(member.lead.ask.start)
         return min(limits, default=None)
 
-    def computed_again(self, member: Member) -> int:
+    def computed_again(self, member: Leader) -> int:
         """Tokens that have KV and are computed again for their rows."""
         if member.ask is None:
             return 0
@@ -112,12 +127,12 @@ class Scoring:
         cached = min(self._pins.depth[node], len(member.request.origin_input_ids) - 1)
         return max(cached - self._scored(member, member.ask.start), 0)
 
-    def kept(self, member: Member) -> list[Rows]:
+    def kept(self, member: Leader) -> list[Rows]:
         """The rows of the member's path, top down."""
         path = self._path(member)
         return [self._rows[node] for node in path if node in self._rows]
 
-    def _scored(self, member: Member, start: int) -> int:
+    def _scored(self, member: Leader, start: int) -> int:
         """To where the rows from `start` on are kept, without a gap."""
         depth = self._pins.depth
         for node in self._path(member):
@@ -129,7 +144,7 @@ class Scoring:
                 start = depth[node]
         return start
 
-    def _path(self, member: Member) -> list[int]:
+    def _path(self, member: Leader) -> list[int]:
         path = []
         node = member.home
         while node != ROOT:
