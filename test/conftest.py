@@ -19,6 +19,7 @@ from engines import (
     VOCAB_SIZE,
     Server,
     abort_in_prefill,
+    keep_no_rows,
     record_last_layer,
 )
 from steps import record_steps
@@ -49,6 +50,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _engine(model: Path, engine_class: Any = None, **options: Any) -> Iterator[Any]:
+    """For the whole session: an engine that is shut down ends all that this process has started."""
     import sglang
 
     engine = (engine_class or sglang.Engine)(
@@ -133,6 +135,18 @@ def mixing_engine(tiny_model: Path, steps_file: Path, last_layer_file: Path) -> 
         chunked_prefill_size=96,
         enable_mixed_chunk=True,
     )
+
+
+@pytest.fixture(scope="session")
+def forgetful_engine(tiny_model: Path) -> Iterator[Any]:
+    """No memory for logprobs of shared tokens."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    class Forgetful(Engine):
+        pass
+
+    keep_no_rows(Forgetful)
+    yield from _engine(tiny_model, Forgetful, batchllm=True, max_total_tokens=AMPLE)
 
 
 @pytest.fixture(scope="session")

@@ -6,19 +6,17 @@ import asyncio
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engines import (
-    AMPLE,
     SERVER_PAGE_SIZE,
     VOCAB_SIZE,
     Server,
     flush,
-    keep_no_rows,
     wait_until_whole,
 )
 from prompts import distinct_tokens
@@ -202,22 +200,6 @@ def test_where_memory_is_short_requests_score_as_in_stock(
     report = wait_until_whole(forgetful_engine)["batches"][-1]
     assert computed(ours) == sum(map(len, prompts))
     assert report["rescored_tokens"] == computed(ours) - distinct_tokens(prompts)
-
-
-@pytest.fixture(scope="module")
-def forgetful_engine(tiny_model: Path) -> Iterator[Any]:
-    """It has no memory for logprobs of shared tokens."""
-    from sglang.srt.entrypoints.engine import Engine
-
-    class Forgetful(Engine):
-        pass
-
-    keep_no_rows(Forgetful)
-    engine = Forgetful(
-        model_path=str(tiny_model), dtype="float32", batchllm=True, max_total_tokens=AMPLE
-    )
-    yield engine
-    engine.shutdown()
 
 
 def test_requests_that_only_score_run_in_full_prefill_steps(
