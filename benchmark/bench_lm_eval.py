@@ -111,11 +111,11 @@ def evaluate(
     )
     assert found is not None
     scores = found["results"][task]
-    return {name.split(",")[0]: value for name, value in scores.items() if is_score(name, value)}
-
-
-def is_score(name: str, value: Any) -> bool:
-    return isinstance(value, float) and "stderr" not in name
+    return {
+        name.split(",")[0]: value
+        for name, value in scores.items()
+        if isinstance(value, float) and "stderr" not in name
+    }
 
 
 def run_engine(folder: Path, tasks: Sequence[str], model: str, side: str, pipe: Any) -> None:

@@ -160,10 +160,8 @@ def test_requests_that_gather_share(engine: Any, stock_engine: Any) -> None:
 
 
 @pytest.mark.parametrize("which", ["engine", "scarce_engine"])
-def test_aborts_and_retractions_harm_nobody(
-    which: str, request: pytest.FixtureRequest, stock_engine: Any
-) -> None:
-    """Every third request is aborted while all are prefilled or decode, and memory is short."""
+def test_aborts_harm_nobody(which: str, request: pytest.FixtureRequest, stock_engine: Any) -> None:
+    """Every third request is aborted while all run, in ample memory and in little."""
     engine = request.getfixturevalue(which)
     prompts = scored_batch(90, seed=4)
     options = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 1}

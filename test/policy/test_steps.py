@@ -124,6 +124,14 @@ def test_no_request_is_cut_to_fill_the_last_of_a_step_where_outputs_differ():
         assert len(engine.policy.choose(view()).requests) == begun
 
 
+def test_requests_that_decode_leave_some_of_a_chunk_to_prompts():
+    """They count as its tokens, and SGLang cuts prompts at what is left."""
+    for decoding, mixed in ((0, False), (39, True), (40, False)):
+        engine = EngineModel(10**6, Policy(chunk=40, mixed=True))
+        engine.submit_list([make_request(str(i), [1, i], 4) for i in range(4)])
+        assert engine.policy.choose(view(decoding=decoding)).mixed == mixed
+
+
 def test_pins_given_up_are_computed_again():
     """Another list needs the memory that is pinned."""
     engine, requests = engine_with([[1, 2, 3, 4], [1, 2, 3, 5]], output=2)

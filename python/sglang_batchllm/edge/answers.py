@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.garbage import Garbage
+from sglang_batchllm.server.handover import SLICE
 
 if TYPE_CHECKING:
     from sglang_batchllm.edge.seams.v0_5_17 import front as seam
@@ -24,7 +25,7 @@ class SharedAnswers(seam.SendingManager):
         """Of one message, by the identity of a list: the list, so that it lives, and its answer."""
 
     async def _handle_batch_output(self, recv_obj: Any) -> None:
-        if not getattr(recv_obj, "input_token_logprobs_val", None):
+        if not any(getattr(recv_obj, "input_token_logprobs_val", None) or ()):
             await super()._handle_batch_output(recv_obj)
             return
         self._rows = {}
@@ -33,6 +34,8 @@ class SharedAnswers(seam.SendingManager):
                 await super()._handle_batch_output(recv_obj)
         finally:
             self._rows = None
+            if len(self.rid_to_state) < SLICE:
+                self.garbage.sweep_if_due()
 
     def detokenize_top_logprobs_tokens(
         self, token_logprobs_val: list[Any], token_logprobs_idx: list[Any], decode_to_text: bool

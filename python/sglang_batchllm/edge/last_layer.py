@@ -4,8 +4,8 @@ Every prompt token has to leave its K and V in every layer. What the last layer 
 attention (output projection, norm, MLP) is read by the logits alone, at the last token of each
 request and where logprobs of the prompt are asked for. So a prefill step of T tokens and R requests
 that sample puts R rows through that part, not T: of a model with 32 layers of Llama-8B's shape,
-2.8% of the matrix work. llama.cpp does the same in its
-own graphs; here it takes forward hooks, since the model's code is SGLang's.
+2.8% of the matrix work. llama.cpp does the same in its own graphs; here it takes forward hooks,
+since the model's code is SGLang's.
 """
 
 from __future__ import annotations

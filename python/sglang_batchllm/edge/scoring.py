@@ -36,8 +36,6 @@ def refusal(model: torch.nn.Module, server_args: ServerArgs) -> str | None:
     """Why logprobs of prompts can not be shared, if they can not."""
     if server_args.enable_mis:
         return "multi-item scoring is on"
-    if server_args.enable_dp_attention:
-        return "attention is data-parallel"
     if hasattr(getattr(model, "lm_head", None), "set_lm_head_pass"):
         return "LoRA adapters may change the model's head"
     return None

@@ -38,7 +38,7 @@ class Leader(Protocol):
     def request(self) -> Request: ...
 
 
-class Scores(Protocol):
+class RowKeeper(Protocol):
     """Who keeps logprobs beside the nodes; see `scoring.Scoring`."""
 
     def claimed(self, member: Any) -> None: ...
@@ -58,7 +58,7 @@ class PinnedTree:
     scoring: told of every change, where requests ask for logprobs of their prompts.
     """
 
-    scoring: Scores | None = None
+    scoring: RowKeeper | None = None
 
     def __init__(self, plan: BatchPlan, store: Store, count: Callable[[int], None]):
         """count: told how many tokens more are pinned, or fewer."""

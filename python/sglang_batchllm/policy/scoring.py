@@ -17,8 +17,8 @@ from sglang_batchllm.policy.pins import ROOT, Leader, PinnedTree
 from sglang_batchllm.policy.rows import Asks, Lead, RowMemory, Rows
 
 
-class Batch(Protocol):
-    """See `batch.Batch`."""
+class Planned(Protocol):
+    """What is asked of a `batch.Batch`."""
 
     @property
     def plan(self) -> BatchPlan: ...
@@ -37,11 +37,12 @@ class Batch(Protocol):
 class Scoring:
     """The rows of one batch of which some requests ask for them."""
 
-    def __init__(self, batch: Batch, pins: PinnedTree, memory: RowMemory):
+    def __init__(self, batch: Planned, pins: PinnedTree, memory: RowMemory):
         self._batch = batch
         self._pins = pins
         self._memory = memory
         self._rows: dict[int, Rows] = {}  # of READY nodes
+        self._lacks_rows = False  # memory for some was short
         members = [batch.members[index] for index in batch.order]
         self._asks = Asks([member.ask if member else None for member in members])
         parent = batch.plan.tree.parent
@@ -65,8 +66,12 @@ class Scoring:
             start = max(ask.start, depth[self._pins.parent[node]])
             if start < depth[node]:
                 rows[node] = Rows(start, depth[node], ask, self._following(node))
-        if rows and self._memory.take(sum(one.bytes for one in rows.values())):
+        if not rows:
+            return
+        if self._memory.take(sum(one.bytes for one in rows.values())):
             member.lead = Lead(ask, rows)
+        else:
+            self._lacks_rows = True
 
     def published(self, member: Leader, nodes: Iterable[int]) -> None:
         """The pass that computes these nodes has been launched, and leaves their rows."""
@@ -119,7 +124,7 @@ class Scoring:
 
     def computed_again(self, member: Leader) -> int:
         """Tokens that have KV and are computed again for their rows."""
-        if member.ask is None:
+        if member.ask is None or not self._lacks_rows:
             return 0
         node = member.home
         while not self._pins.is_ready(node):
