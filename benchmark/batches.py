@@ -98,6 +98,9 @@ CASES = {
         Case("M4", 400, 1, 0, 1000, 200),
         Case("M5", 800, 4, 2000, 200, 100, kv_tokens=120_000),
         Case("M6", 800, 16, 2000, 200, 100, kv_tokens=120_000),
+        Case("classify", 4000, 500, 1500, 40, 4),
+        Case("classify-1", 4000, 500, 1500, 40, 1),
+        Case("label", 20_000, 100, 50, 10, 1),
         Case("mixed", 800, 16, 2000, 200, 200, longest_output=1000),
         Case("mixed-unknown", 800, 16, 2000, 200, 200, longest_output=1000, twin="mixed"),
     )

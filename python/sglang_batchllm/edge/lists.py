@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import (
     AbortReq,
+    BatchTokenizedGenerateReqInput,
     EmbeddingReqInput,
     GenerateReqInput,
     TokenizedEmbeddingReqInput,
@@ -21,6 +22,7 @@ from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.answers import SharedAnswers
 from sglang_batchllm.edge.args import resolved
 from sglang_batchllm.edge.messages import AbortList
+from sglang_batchllm.edge.packing import packed
 from sglang_batchllm.server.handover import SLICE, TEXT_SLICE
 
 if TYPE_CHECKING:
@@ -197,10 +199,14 @@ class ListIntake(SharedAnswers):
             self._aborts.append(obj)
         else:
             self._send_aborts()
+            if isinstance(obj, BatchTokenizedGenerateReqInput):
+                obj = packed(obj)
             super()._dispatch_to_scheduler(obj)
 
     async def _async_dispatch_to_scheduler(self, obj: Any) -> None:
         self._send_aborts()
+        if isinstance(obj, BatchTokenizedGenerateReqInput):
+            obj = packed(obj)
         await super()._async_dispatch_to_scheduler(obj)
 
     def _send_aborts(self) -> None:

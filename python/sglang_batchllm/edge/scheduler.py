@@ -20,6 +20,7 @@ from sglang_batchllm.edge.cache import PinnedGroups
 from sglang_batchllm.edge.last_layer import sample_rows_in_last_layer
 from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
 from sglang_batchllm.edge.names import ATTENTION_BACKEND
+from sglang_batchllm.edge.packing import PackedList, unpacked
 from sglang_batchllm.edge.queue_index import QueueIndex, without
 from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
 from sglang_batchllm.policy.core import Arrival, BatchPolicy, Decision, Limits, View
@@ -99,6 +100,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
                 (NameTurns, self.name_turns),
                 (ReleaseTexts, self.release_texts),
                 (AbortList, self.abort_list),
+                (PackedList, self.packed_list_arrived),
             ]
         )
 
@@ -108,6 +110,9 @@ class BatchLLMScheduler(seam.QueueingScheduler):
 
     def release_texts(self, recv_req: ReleaseTexts) -> None:
         self._policy.release_texts(recv_req.batch, recv_req.programs)
+
+    def packed_list_arrived(self, recv_req: PackedList) -> None:
+        self.handle_batch_generate_request(unpacked(recv_req))
 
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **options: Any) -> None:
         super().handle_generate_request(recv_req, **options)

@@ -348,12 +348,13 @@ class BatchPolicy:
         """Whether the KV of a request that ends is to stay in the cache, first to be evicted.
 
         Of a list that was handed over whole nobody is known to need it, so it stays only while
-        memory keeps nobody out.
+        memory keeps nobody out, and where it was asked for more than a label or a score: nobody
+        goes on with those, and keeping takes longer than all else about such a request.
         """
         member = member_of(request)
         if member is None or member.batch is None or not member.batch.private:
             return True
-        return not self._pressed
+        return not self._pressed and (request.sampling_params.max_new_tokens or 0) > 1
 
     def ended(self, request: Request, end: End | None, text: array[int] | None = None) -> None:
         """The request has given its KV back, if it had any: it has ended, or (None) was retracted.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
@@ -28,6 +30,18 @@ class QueueingScheduler(Scheduler):
     def places(self, running_batch: ScheduleBatch) -> int:
         """Requests that may join those that run."""
         return self.get_num_allocatable_reqs(len(running_batch.reqs))
+
+    def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        """SGLang copies the list of free pages for every request that ends in a prefill step;
+        within a group of frees, once."""
+        if not batch.forward_mode.is_extend():
+            super().process_batch_result(batch, result)
+            return
+        self.token_to_kv_pool_allocator.free_group_begin()
+        try:
+            super().process_batch_result(batch, result)
+        finally:
+            self.token_to_kv_pool_allocator.free_group_end()
 
     @property
     def tensor_parallel_size(self) -> int:

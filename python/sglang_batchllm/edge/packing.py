@@ -1,0 +1,98 @@
+"""A list's one message, which says once what its requests have in common.
+
+SGLang pickles each request with all its fields, some 60 of them, and its token ids as an object.
+"""
+
+from __future__ import annotations
+
+import copy
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sglang.srt.environ import envs
+from sglang.srt.managers.io_struct import (
+    BaseReq,
+    BatchTokenizedGenerateReqInput,
+    TokenizedGenerateReqInput,
+)
+
+APART = ("sampling_params", "time_stats")
+"""Fields of which each request needs an object of its own: the scheduler writes to it."""
+
+
+class PackedList(BaseReq, kw_only=True):
+    """Requests, field by field.
+
+    tokens: the token ids of all prompts, one after the other, of the NumPy type `dtype`. lengths:
+    of each prompt. common: the value of a field that is equal for all. columns: the values of the
+    others, one for each request.
+    """
+
+    tokens: bytes
+    dtype: str
+    lengths: list[int]
+    common: dict[str, Any]
+    columns: dict[str, list[Any]]
+
+
+def packed(batch: BatchTokenizedGenerateReqInput) -> PackedList | BatchTokenizedGenerateReqInput:
+    """The list in less space; as it is where prompts are more than token ids, or where messages are
+    no pickles."""
+    requests: list[TokenizedGenerateReqInput] = batch.batch
+    if not envs.SGLANG_USE_PICKLE_IPC.get():
+        return batch
+    if any(request.input_ids is None or request.mm_inputs is not None for request in requests):
+        return batch
+    tokens = np.frombuffer(b"".join(request.input_ids for request in requests), np.int64)
+    if len(tokens) and np.iinfo(np.int32).min <= tokens.min() <= tokens.max() < 1 << 31:
+        tokens = tokens.astype(np.int32)
+    common: dict[str, Any] = {}
+    columns: dict[str, list[Any]] = {}
+    for field in TokenizedGenerateReqInput.__struct_fields__:
+        if field == "input_ids":
+            continue
+        values = [getattr(request, field) for request in requests]
+        if _equal(field, values):
+            common[field] = values[0]
+        else:
+            columns[field] = values
+    return PackedList(
+        tokens=tokens.tobytes(),
+        dtype=tokens.dtype.name,
+        lengths=[len(request.input_ids) for request in requests],
+        common=common,
+        columns=columns,
+    )
+
+
+def unpacked(message: PackedList) -> BatchTokenizedGenerateReqInput:
+    """The list as SGLang has it."""
+    tokens = np.frombuffer(message.tokens, message.dtype).astype(np.int64)
+    view = memoryview(tokens).cast("B")
+    names = [*message.columns]
+    rows = zip(*message.columns.values(), strict=True)
+    requests = []
+    start = 0
+    for length in message.lengths:
+        input_ids = array("q")
+        input_ids.frombytes(view[start : start + length * tokens.itemsize])
+        start += length * tokens.itemsize
+        fields = message.common | dict(zip(names, next(rows), strict=True))
+        for field in APART:
+            fields[field] = copy.copy(fields[field])
+        requests.append(TokenizedGenerateReqInput(input_ids=input_ids, **fields))
+    return BatchTokenizedGenerateReqInput(batch=requests)
+
+
+def _equal(field: str, values: Sequence[Any]) -> bool:
+    first = values[0]
+    if field == "time_stats":  # compared as they travel: without their times
+        if any(value is None for value in values):
+            return all(value is None for value in values)
+        state = first.__getstate__()
+        return all(value.__getstate__() == state for value in values)
+    return all(
+        value is first or (type(value) is type(first) and value == first) for value in values
+    )
