@@ -34,6 +34,9 @@ READ_FROM_OBJECTS = {
     "srt.managers.schedule_batch.ReqLogprob": (
         "top_logprobs_num token_ids_logprob input_token_logprobs_val"
     ),
+    "srt.managers.io_struct.TokenizedGenerateReqInput": (
+        "input_ids mm_inputs sampling_params time_stats"
+    ),
     "srt.managers.utils.GenerationBatchResult": (
         "copy_done logits_output extend_logprob_start_len_per_req"
     ),
@@ -98,6 +101,7 @@ READ_IN_ONE = {
         ),
         "srt.mem_cache.base_prefix_cache.MatchResult": "device_indices last_device_node",
         "srt.mem_cache.allocator.PagedTokenToKVPoolAllocator": "free_segment",
+        "srt.mem_cache.allocator.BaseTokenToKVPoolAllocator": "free_group_begin free_group_end",
         "srt.server_args.ServerArgs": "override get_model_config get_attention_backends",
         "srt.managers.scheduler.Scheduler": "ipc_channels ps",
     },

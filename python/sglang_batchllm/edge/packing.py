@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import (
+    _USE_PICKLE_IPC,
     BaseReq,
     BatchTokenizedGenerateReqInput,
     TokenizedGenerateReqInput,
@@ -41,11 +41,16 @@ def packed(batch: BatchTokenizedGenerateReqInput) -> PackedList | BatchTokenized
     """The list in less space; as it is where prompts are more than token ids, or where messages are
     no pickles."""
     requests: list[TokenizedGenerateReqInput] = batch.batch
-    if not envs.SGLANG_USE_PICKLE_IPC.get():
+    if not _USE_PICKLE_IPC:
         return batch
-    if any(request.input_ids is None or request.mm_inputs is not None for request in requests):
+    prompts = [
+        request.input_ids
+        for request in requests
+        if request.input_ids is not None and request.mm_inputs is None
+    ]
+    if len(prompts) < len(requests):
         return batch
-    tokens = np.frombuffer(b"".join(request.input_ids for request in requests), np.int64)
+    tokens = np.frombuffer(b"".join(prompts), np.int64)
     if len(tokens) and np.iinfo(np.int32).min <= tokens.min() <= tokens.max() < 1 << 31:
         tokens = tokens.astype(np.int32)
     common: dict[str, Any] = {}
@@ -61,7 +66,7 @@ def packed(batch: BatchTokenizedGenerateReqInput) -> PackedList | BatchTokenized
     return PackedList(
         tokens=tokens.tobytes(),
         dtype=tokens.dtype.name,
-        lengths=[len(request.input_ids) for request in requests],
+        lengths=[*map(len, prompts)],
         common=common,
         columns=columns,
     )
@@ -70,16 +75,14 @@ def packed(batch: BatchTokenizedGenerateReqInput) -> PackedList | BatchTokenized
 def unpacked(message: PackedList) -> BatchTokenizedGenerateReqInput:
     """The list as SGLang has it."""
     tokens = np.frombuffer(message.tokens, message.dtype).astype(np.int64)
-    view = memoryview(tokens).cast("B")
-    names = [*message.columns]
-    rows = zip(*message.columns.values(), strict=True)
+    view = tokens.view(np.uint8).data
     requests = []
     start = 0
-    for length in message.lengths:
+    for index, length in enumerate(message.lengths):
         input_ids = array("q")
-        input_ids.frombytes(view[start : start + length * tokens.itemsize])
-        start += length * tokens.itemsize
-        fields = message.common | dict(zip(names, next(rows), strict=True))
+        input_ids.frombytes(view[start : start + length * input_ids.itemsize])
+        start += length * input_ids.itemsize
+        fields = message.common | {name: column[index] for name, column in message.columns.items()}
         for field in APART:
             fields[field] = copy.copy(fields[field])
         requests.append(TokenizedGenerateReqInput(input_ids=input_ids, **fields))

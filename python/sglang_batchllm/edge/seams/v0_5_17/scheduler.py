@@ -33,19 +33,29 @@ class QueueingScheduler(Scheduler):
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         """SGLang copies the list of free pages for every request that ends in a prefill step;
-        within a group of frees, once."""
-        if not batch.forward_mode.is_extend():
+        within a group of frees, once.
+
+        A group keeps views of the request pool's rows, and the row of a request that goes on is
+        written anew before the group ends: so a group only where all are known to end.
+        """
+        if not batch.forward_mode.is_extend() or not all(map(_ends, batch.reqs)):
             super().process_batch_result(batch, result)
             return
-        self.token_to_kv_pool_allocator.free_group_begin()
+        allocator: Any = self.token_to_kv_pool_allocator
+        allocator.free_group_begin()
         try:
             super().process_batch_result(batch, result)
         finally:
-            self.token_to_kv_pool_allocator.free_group_end()
+            allocator.free_group_end()
 
     @property
     def tensor_parallel_size(self) -> int:
         return self.ps.tp_size
+
+
+def _ends(req: Req) -> bool:
+    """Whether the next token is the request's last, unless its prompt goes on."""
+    return len(req.output_ids) + 1 >= (req.sampling_params.max_new_tokens or 0)
 
 
 def computed(req: Req) -> int:
