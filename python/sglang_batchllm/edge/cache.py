@@ -97,7 +97,7 @@ class PinnedGroups(ABC):
         assert self.policy is not None
         member = private_member(req)
         if member is not None:
-            if text is not None:
+            if text is not None and not (member.batch and member.batch.opening):
                 self.evict_first(self.match(text, req.extra_key, len(text))[0])
             if member.claimed and node is not None:
                 # An unfinished leader: what it published below the last whole node has no pin.
@@ -115,6 +115,8 @@ def private_member(req: Req) -> Member | None:
 def shared_tokens(req: Req, member: Member, end: int) -> int:
     """How many of the request's first `end` tokens, which have slots, others are to share."""
     assert member.batch is not None
+    if member.batch.opening:
+        return end
     return min(member.batch.pins.depth[member.home], end) if member.claimed else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,9 @@ from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.answers import SharedAnswers
 from sglang_batchllm.edge.args import resolved
 from sglang_batchllm.edge.messages import AbortList
-from sglang_batchllm.edge.packing import packed
+from sglang_batchllm.edge.packing import end_of_list, packed
+from sglang_batchllm.edge.parting import Sent, comes_in_parts, opening_of
+from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.server.handover import SLICE, TEXT_SLICE
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class ListIntake(SharedAnswers):
     def init_running_status(self) -> None:
         super().init_running_status()
         self._aborts: list[AbortReq] = []
+        self._parts: dict[str, Part] = {}  # about to be sent, by the id of the first request
         self._expects_many = False
 
     async def expect_many(self) -> None:
@@ -86,17 +89,49 @@ class ListIntake(SharedAnswers):
             self._validate_batch_tokenization_constraints(batch_size, obj)
         if batch_size >= SLICE:
             await self.expect_many()
+        if comes_in_parts(obj, batch_size):
+            prompts: Any = obj.text or obj.input_ids
+            if first := opening_of(prompts):
+                return await self._send_in_parts(batch_size, obj, first)
         tokenized: list[Any] = []
         for part in _slices([obj[index] for index in range(batch_size)]):
-            texts = self.tokenize_together(part)
-            for request in part:
-                tokenized.append(await self._tokenize_one_request(request))
-            for request in texts:
-                request.input_ids = None  # SGLang has them, too
-            self.garbage.set_aside()
+            tokenized += await self._tokenized(part)
             if len(tokenized) < batch_size:  # what is ready leaves at once
                 await asyncio.sleep(0)
         return tokenized
+
+    async def _tokenized(self, part: Sequence[Any]) -> list[Any]:
+        texts = self.tokenize_together(part)
+        tokenized = [await self._tokenize_one_request(request) for request in part]
+        for request in texts:
+            request.input_ids = None  # SGLang has them, too
+        self.garbage.set_aside()
+        return tokenized
+
+    async def _send_in_parts(self, batch_size: int, obj: Any, first: list[int]) -> Sent:
+        """Tokenize and send, `first` before the others. An error ends what has been sent."""
+        opening = set(first)
+        order = first + [index for index in range(batch_size) if index not in opening]
+        name = obj[first[0]].rid
+        sent: list[Any] = []
+        states: dict[str, ReqState] = {}
+        try:
+            for requests in _slices(obj[index] for index in order):
+                tokenized = await self._tokenized(requests)
+                rids = [str(request.rid) for request in tokenized]
+                self.check_aborted(rids)
+                states.update(zip(rids, map(self.rid_to_state.__getitem__, rids), strict=True))
+                sent += tokenized
+                self._parts[rids[0]] = Part(name, last=len(sent) == batch_size)
+                await self.send_list(tokenized)
+                await asyncio.sleep(0)
+        except BaseException:
+            self._dispatch_to_scheduler(AbortList(rids=[*states]))
+            self._dispatch_to_scheduler(end_of_list(name))
+            raise
+        self.rid_to_state.update(states)  # SGLang has forgotten those that are answered already
+        places = dict(zip(order, sent, strict=True))
+        return Sent(places[index] for index in range(batch_size))
 
     def sending_many(self) -> AbstractContextManager[None]:
         return self.garbage.made_for_long()
@@ -154,7 +189,10 @@ class ListIntake(SharedAnswers):
 
     def _wait_one_response(self, obj: Any, request: Any = None) -> Any:
         state = self.rid_to_state[obj.rid]
-        return Waiter(self.stock_answers(obj, request, state), state, request)
+        waiter = Waiter(self.stock_answers(obj, request, state), state, request)
+        if state.finished:
+            del self.rid_to_state[obj.rid]  # answered while its list was sent
+        return waiter
 
     async def _collect_batch_responses(self, generators: Sequence[Waiter]) -> list[Any]:
         """A long list has no task, no timer and no look at the connection for each of its
@@ -199,15 +237,16 @@ class ListIntake(SharedAnswers):
             self._aborts.append(obj)
         else:
             self._send_aborts()
-            if isinstance(obj, BatchTokenizedGenerateReqInput):
-                obj = packed(obj)
-            super()._dispatch_to_scheduler(obj)
+            super()._dispatch_to_scheduler(self._packed(obj))
 
     async def _async_dispatch_to_scheduler(self, obj: Any) -> None:
         self._send_aborts()
+        await super()._async_dispatch_to_scheduler(self._packed(obj))
+
+    def _packed(self, obj: Any) -> Any:
         if isinstance(obj, BatchTokenizedGenerateReqInput):
-            obj = packed(obj)
-        await super()._async_dispatch_to_scheduler(obj)
+            return packed(obj, self._parts.pop(str(obj.batch[0].rid), None))
+        return obj
 
     def _send_aborts(self) -> None:
         aborts, self._aborts = self._aborts, []
@@ -285,7 +324,7 @@ class _Connection:
                 continue
 
 
-def _slices(requests: list[Any]) -> Iterator[list[Any]]:
+def _slices(requests: Iterable[Any]) -> Iterator[list[Any]]:
     part: list[Any] = []
     size = 0
     for request in requests:

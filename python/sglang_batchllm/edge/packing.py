@@ -18,6 +18,8 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
 )
 
+from sglang_batchllm.policy.parts import Part
+
 APART = ("sampling_params", "time_stats")
 """Fields of which each request needs an object of its own: the scheduler writes to it."""
 
@@ -27,7 +29,7 @@ class PackedList(BaseReq, kw_only=True):
 
     tokens: the token ids of all prompts, one after the other, of the NumPy type `dtype`. lengths:
     of each prompt. common: the value of a field that is equal for all. columns: the values of the
-    others, one for each request.
+    others, one for each request. part: of a list that comes in several.
     """
 
     tokens: bytes
@@ -35,11 +37,14 @@ class PackedList(BaseReq, kw_only=True):
     lengths: list[int]
     common: dict[str, Any]
     columns: dict[str, list[Any]]
+    part: Part | None = None
 
 
-def packed(batch: BatchTokenizedGenerateReqInput) -> PackedList | BatchTokenizedGenerateReqInput:
+def packed(
+    batch: BatchTokenizedGenerateReqInput, part: Part | None = None
+) -> PackedList | BatchTokenizedGenerateReqInput:
     """The list in less space; as it is where prompts are more than token ids, or where messages are
-    no pickles."""
+    no pickles. part: of a longer list, for which neither is the case."""
     requests: list[TokenizedGenerateReqInput] = batch.batch
     if not _USE_PICKLE_IPC:
         return batch
@@ -69,6 +74,14 @@ def packed(batch: BatchTokenizedGenerateReqInput) -> PackedList | BatchTokenized
         lengths=[*map(len, prompts)],
         common=common,
         columns=columns,
+        part=part,
+    )
+
+
+def end_of_list(name: str) -> PackedList:
+    """What is missing of a list that comes in parts never comes."""
+    return PackedList(
+        tokens=b"", dtype="int32", lengths=[], common={}, columns={}, part=Part(name, last=True)
     )
 
 

@@ -24,6 +24,7 @@ from sglang_batchllm.edge.packing import PackedList, unpacked
 from sglang_batchllm.edge.queue_index import QueueIndex, without
 from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
 from sglang_batchllm.policy.core import Arrival, BatchPolicy, Decision, Limits, View
+from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.policy.requests import Turn
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._index = QueueIndex()
         self._held_back: list[Req] | None = None
         self._receiving_list = False
+        self._part: Part | None = None  # that is received
         self._turns: dict[str, Turn] = {}  # of requests that are announced and have yet to come
         self._seen_forward_ct = 0
 
@@ -112,7 +114,11 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._policy.release_texts(recv_req.batch, recv_req.programs)
 
     def packed_list_arrived(self, recv_req: PackedList) -> None:
-        self.handle_batch_generate_request(unpacked(recv_req))
+        self._part = recv_req.part
+        try:
+            self.handle_batch_generate_request(unpacked(recv_req))
+        finally:
+            self._part = None
 
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **options: Any) -> None:
         super().handle_generate_request(recv_req, **options)
@@ -130,7 +136,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         place = {tokenized.rid: index for index, tokenized in enumerate(recv_req)}
         requests = queued + self.grammar_manager.grammar_queue[compiling:]
         requests.sort(key=lambda req: place[req.rid])
-        self._policy.list_arrived([self._arrival(req) for req in requests], queued)
+        self._policy.list_arrived([self._arrival(req) for req in requests], queued, self._part)
         for rid in place:
             self._turns.pop(str(rid), None)
 
@@ -199,6 +205,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         decision = self._policy.choose(self._view(running_batch))
+        if self._group_table is not None and decision.regrouped:
+            self._enter_groups(self._group_table, decision.regrouped)
         running_batch.batch_is_full = decision.full
         self.is_mixed_chunk = decision.mixed
         plan = self._build(running_batch, decision)

@@ -4,7 +4,7 @@ them wait."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -104,6 +104,7 @@ class Batch:
         `texts.HeldTexts`.
     members: in the order of the plan's indices; None once a request has ended.
     order, position: the plan's, and each index's place in it.
+    opening: parts of the list are missing, and who shares what with them nobody knows; see `parts`.
     waiting: by place in the order.
     num_running, unfinished: requests that hold KV, and that have not ended.
     outputs_differ: some requests are expected to decode longer than others, so that they may start
@@ -165,6 +166,7 @@ class Batch:
         self.position = np.empty(len(members), np.int64)
         self.position[self.plan.order] = np.arange(len(members))
         self.waiting = Waiting(len(members))
+        self.opening = False
         self.num_running = 0
         self.unfinished = len(members)
         self._subtree_start, self.subtree_end = self._subtrees()
@@ -184,6 +186,27 @@ class Batch:
         self._taken_rows = np.append(group_rows, own_row)
         # The requests of no group tell of each other by the batch's own row (index -1).
         self.length_row, self.length_rows = int(own_row), self._taken_rows[group_of]
+
+    def take_over(self, members: Iterable[Member]) -> None:
+        """These have run, or run, by a plan that this one follows: what they have computed is
+        ready."""
+        going_on = []
+        for member in members:
+            member.claimed = []
+            self.pins.claim(member)
+            self.pins.adopt(member)
+            if member.claimed:
+                self.pins.unclaim(member)
+                going_on.append(member)
+        for member in going_on:
+            if member.slot >= 0 and self.pins.path_state(member)[0] == ROOT:
+                self.pins.claim(member)  # its prompt is prefilled in chunks
+
+    def dissolve(self, lengths: OutputLengths) -> None:
+        """Another plan has taken over all requests."""
+        self.waiting = Waiting(0)
+        self.pins.relax(None)
+        self.give_back_rows(lengths)
 
     def give_back_rows(self, lengths: OutputLengths) -> None:
         lengths.give_back(self._taken_rows)
@@ -329,7 +352,7 @@ class Batch:
         """The request is over, whether or not it ever ran. free: see `PinnedTree.finish`."""
         self.waiting.discard(int(self.position[member.index]))
         self.num_running -= was_running
-        self.pins.finish(member, free, last_use=self.whole)
+        self.pins.finish(member, free, last_use=self.whole and not self.opening)
         self.unfinished -= 1
         self.members[member.index] = None
 

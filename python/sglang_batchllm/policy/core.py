@@ -21,6 +21,7 @@ from sglang_batchllm.policy.admission.running import Running
 from sglang_batchllm.policy.batch import Batch, Member, forget, member_of, note
 from sglang_batchllm.policy.intake import Intake
 from sglang_batchllm.policy.ledger import Ledger
+from sglang_batchllm.policy.parts import Part, PartedList, Parts, is_present
 from sglang_batchllm.policy.pins import ROOT
 from sglang_batchllm.policy.requests import End, Request, Turn
 from sglang_batchllm.policy.rows import Ask, RowMemory, Rows
@@ -81,9 +82,11 @@ class View:
 @dataclass
 class Decision:
     """requests: to prefill, in this order. mixed: those that decode may do so in the same step.
-    full: nothing is to be added until a request has ended."""
+    full: nothing is to be added until a request has ended. regrouped: requests that run, and whose
+    `attention_group` is another than before."""
 
     requests: list[Any] = field(default_factory=list)  # of the engine's own class
+    regrouped: list[Any] = field(default_factory=list)
     mixed: bool = False
     full: bool = False
 
@@ -104,6 +107,7 @@ class BatchPolicy:
         self._running = Running()
         self._intake = Intake(self._plan, limits.gather_seconds, self._agree)
         self._lanes = Lanes(self._intake, limits.capacity)
+        self._parts = Parts()
         self.texts = HeldTexts(store)
         self._row_memory = RowMemory()
         self._ledger = Ledger(limits.page_size)
@@ -115,11 +119,14 @@ class BatchPolicy:
 
     # Arrivals
 
-    def list_arrived(self, arrivals: Sequence[Arrival], queued: Iterable[Request]) -> None:
+    def list_arrived(
+        self, arrivals: Sequence[Arrival], queued: Iterable[Request], part: Part | None = None
+    ) -> None:
         """The requests of one call, to be planned together.
 
         queued: those of them that can run; the grammar of the others is being compiled, and they
         arrive later. A list of one is no batch, and counts as a lone request.
+        part: these are not all, or not the first; nobody asks for logprobs of prompts then.
         """
         members = [self._note(arrival) for arrival in arrivals]
         together = [
@@ -128,13 +135,17 @@ class BatchPolicy:
         for member in members:
             if member.turn is not None and member.turn.kind == "first":
                 self.texts.expect(member.turn.batch)
-        if len(together) > 1:
+        parted = None if part is None else self._parts.add(part, together)
+        if parted is None and len(together) > 1:
             self._plan(together, True)
         shareable = {id(member) for member in together}
         for request in queued:
             member = member_of(request)
             assert member is not None
-            self._intake.arrive(member, id(member) in shareable)
+            if parted is not None and id(member) in shareable:
+                parted.may_run(member)
+            else:
+                self._intake.arrive(member, id(member) in shareable)
         self._look_again |= self._intake.waits_in("yielding")
 
     def arrived(self, arrival: Arrival) -> None:
@@ -145,6 +156,9 @@ class BatchPolicy:
             member = None
         if member is None:
             member = self._note(arrival)
+        elif parted := self._parts.unplanned(member):
+            parted.may_run(member)
+            return
         self._intake.arrive(member, arrival.shareable)
         self._look_again |= bool(self.texts) or self._intake.waits_in("yielding")
 
@@ -157,7 +171,9 @@ class BatchPolicy:
         self._ledger.arrived(arrival.request)
         return note(arrival.request, arrival.turn, arrival.ask)
 
-    def _plan(self, members: Sequence[Member], whole: bool) -> Batch:
+    def _plan(
+        self, members: Sequence[Member], whole: bool, instead_of: Batch | None = None
+    ) -> Batch:
         batch = Batch(
             members,
             self._store,
@@ -168,8 +184,42 @@ class BatchPolicy:
             self._ledger.pinned,
             self._row_memory,
         )
-        self._ledger.planned(batch)
+        self._ledger.planned(batch, instead_of)
         return batch
+
+    def _plan_parts(self) -> list[Request]:
+        """Plan lists that come in parts, if it is time; returns the requests that run and are in
+        another plan now."""
+        moved: list[Request] = []
+        for parted in self._parts.due(self._limits.capacity):
+            parted.drop_gone()
+            if parted.coming:
+                moved += self._plan_again(parted)
+            elif parted.batch is not None:  # and complete
+                parted.batch.opening = False
+                self._retire_if_done(parted.batch)
+        return moved
+
+    def _plan_again(self, parted: PartedList) -> list[Request]:
+        old = parted.batch
+        running = [member for member in parted.planned if member.slot >= 0]
+        ended = [member for member in parted.planned if not is_present(member)]
+        parted.all_planned()
+        if len(parted.planned) > 1:
+            batch = parted.batch = self._plan(parted.planned, True, old)
+            batch.opening = not parted.complete
+            batch.take_over(ended + running)
+            for member in running:
+                self._running.remove(member)
+                self._start(member)
+            for member in ended:
+                batch.end(member, was_running=False, free=False)
+            if old is not None:
+                old.dissolve(self._lengths)
+        for member in parted.to_queue():
+            self._intake.arrive(member, shareable=True)
+        self._look_again = True
+        return [member.request for member in running]
 
     @property
     def pinned_tokens(self) -> int:
@@ -199,9 +249,10 @@ class BatchPolicy:
         """Claim the requests that the next prefill may take; `launched` must follow."""
         self._ledger.kv_in_use(self._limits.capacity - view.available)
         self._give_up_idle_texts(view)
+        regrouped = self._plan_parts()
         full = view.full and not self._look_again
         self._look_again = False
-        decision = Decision(full=full)
+        decision = Decision(full=full, regrouped=regrouped)
         if self._intake.waits and not full:
             self._chosen, refused = self._choose(view)
             decision.requests = [member.request for member in self._chosen]
@@ -280,7 +331,7 @@ class BatchPolicy:
                 member.batch.pins.unclaim(member)
         self._lanes.started(member for member in chosen if member.slot >= 0)
         for member in members:
-            if member.claimed and member.batch is not None:
+            if member.batch is not None and (member.claimed or member.batch.opening):
                 member.batch.pins.publish(member, self._store.publish(member.request))
                 self._ledger.published(member.batch)
         if members:
@@ -347,12 +398,15 @@ class BatchPolicy:
     def keeps(self, request: Request) -> bool:
         """Whether the KV of a request that ends is to stay in the cache, first to be evicted.
 
-        Of a list that was handed over whole nobody is known to need it, so it stays only while
-        memory keeps nobody out, and where it was asked for more than a label or a score: nobody
-        goes on with those, and keeping takes longer than all else about such a request.
+        Of a list that was handed over whole, and is complete, nobody is known to need it, so it
+        stays only while memory keeps nobody out, and where it was asked for more than a label or a
+        score: nobody goes on with those, and keeping takes longer than all else about such a
+        request.
         """
         member = member_of(request)
         if member is None or member.batch is None or not member.batch.private:
+            return True
+        if member.batch.opening:
             return True
         return not self._pressed and (request.sampling_params.max_new_tokens or 0) > 1
 
@@ -383,10 +437,13 @@ class BatchPolicy:
             self._intake.depart(member)
         else:
             batch.end(member, ran, free=batch.private and self._pressed)
-            if not batch.unfinished:
-                batch.give_back_rows(self._lengths)
-                self._ledger.retired(batch)
+            self._retire_if_done(batch)
         forget(request)
+
+    def _retire_if_done(self, batch: Batch) -> None:
+        if not batch.unfinished and not batch.opening:
+            batch.give_back_rows(self._lengths)
+            self._ledger.retired(batch)
 
     # Logprobs of prompts
 

@@ -58,10 +58,15 @@ class Ledger:
         self._busy.set(True)
         self._total.add_arrived(1, len(request.origin_input_ids))
 
-    def planned(self, batch: Batch) -> None:
+    def planned(self, batch: Batch, instead_of: Batch | None = None) -> None:
+        """instead_of: an earlier plan of the same list."""
+        entry = _List(batch, BatchReport(), self._peaks.now)
+        if instead_of is not None:
+            entry = self._lists.pop(instead_of.number)._replace(batch=batch)
+            self._total.drop_plan(instead_of.plan)
+            entry.report.drop_plan(instead_of.plan)
         self._total.add_plan(batch.plan)
         if batch.whole:
-            entry = _List(batch, BatchReport(), self._peaks.now)
             entry.report.add_plan(batch.plan)
             self._lists[batch.number] = entry
 

@@ -43,6 +43,11 @@ class Report:
         self.grouped_requests += int(plan.groups.size.sum())
         self.planning_seconds += plan.report.planning_seconds
 
+    def drop_plan(self, plan: BatchPlan) -> None:
+        """Another takes its place."""
+        self.groups -= plan.report.groups
+        self.grouped_requests -= int(plan.groups.size.sum())
+
     def add_arrived(self, requests: int, prompt_tokens: int) -> None:
         self.requests += requests
         self.prompt_tokens += prompt_tokens
@@ -97,6 +102,10 @@ class BatchReport(Report):
         self.distinct_tokens = plan.report.distinct_tokens
         self.group_size_quantiles = plan.report.group_size_quantiles
         self.prefix_len_quantiles = plan.report.prefix_len_quantiles
+
+    def drop_plan(self, plan: BatchPlan) -> None:
+        super().drop_plan(plan)
+        self.add_arrived(-plan.report.requests, -plan.report.prompt_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         return self.facts((self.ended or time.time()) - self.started)

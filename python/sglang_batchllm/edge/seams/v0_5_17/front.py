@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
+
+from sglang_batchllm.edge.parting import Sent
 
 
 class SendingManager(TokenizerManager):
@@ -25,11 +27,17 @@ class SendingManager(TokenizerManager):
             super()._send_one_request(tokenized_obj)
 
     def _send_batch_request(self, tokenized_objs: list[Any]) -> None:
-        with self.sending_many():
-            super()._send_batch_request(tokenized_objs)
+        if not isinstance(tokenized_objs, Sent):
+            with self.sending_many():
+                super()._send_batch_request(tokenized_objs)
 
     async def send_list(self, tokenized: list[Any]) -> None:
         self._send_batch_request(tokenized)
+
+    def check_aborted(self, rids: Iterable[str]) -> None:
+        """Raises where a request that is not sent yet has been aborted."""
+        for rid in rids:
+            self._raise_if_logical_rid_aborted(rid)
 
     def stock_answers(self, obj: Any, request: Any, state: ReqState) -> AsyncIterator[Any]:
         """SGLang's generator, which looks the state up once it is asked; by then it may be gone."""

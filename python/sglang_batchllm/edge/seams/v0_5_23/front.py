@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
+
+from sglang_batchllm.edge.parting import Sent
 
 
 class SendingManager(TokenizerManager):
@@ -25,11 +27,15 @@ class SendingManager(TokenizerManager):
             await super()._send_one_request(tokenized_obj)
 
     async def _send_batch_request(self, tokenized_objs: list[Any]) -> None:
-        with self.sending_many():
-            await super()._send_batch_request(tokenized_objs)
+        if not isinstance(tokenized_objs, Sent):
+            with self.sending_many():
+                await super()._send_batch_request(tokenized_objs)
 
     async def send_list(self, tokenized: list[Any]) -> None:
         await self._send_batch_request(tokenized)
+
+    def check_aborted(self, rids: Iterable[str]) -> None:
+        """This release does not look whether a request was aborted before it is sent."""
 
     def stock_answers(self, obj: Any, request: Any, state: ReqState) -> AsyncIterator[Any]:
         return super()._wait_one_response(obj, request)

@@ -1,0 +1,108 @@
+"""Lists that come in parts: what is here first runs while the others are on their way.
+
+The first part is planned as it comes, and the whole list once it is complete. Requests of the first
+plan that wait, run or have ended by then are in the last one, too, so that it is the plan that the
+list would have got in one piece. In between there is another plan only where nothing of the list
+waits any more and as much has come as was planned: so planning costs no more than twice as much.
+
+While parts are missing nobody knows who else shares what, and all prompts that have run stay in the
+cache as a whole; see `Batch.opening`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from sglang_batchllm.policy.batch import Batch, Member, member_of
+
+SHARE = 4
+"""A list that is not complete is planned as far as it takes one part of so many of the KV pool."""
+
+
+class Part(NamedTuple):
+    """Of a list. name: no other list's. last: the list is complete."""
+
+    name: str
+    last: bool
+
+
+class PartedList:
+    """What has come of a list.
+
+    batch: the last plan, with `planned`; None before the first. coming: what has come since.
+    """
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+        self.planned: list[Member] = []
+        self.coming: list[Member] = []
+        self.complete = False
+        self._tokens = 0  # of prompts, of all that has come
+        self._queued: set[int] = set()  # those that can run, by identity
+
+    def add(self, members: Sequence[Member], last: bool) -> None:
+        self.coming += members
+        self.complete = last
+        self._tokens += sum(len(member.request.origin_input_ids) for member in members)
+
+    def may_run(self, member: Member) -> None:
+        """A request of the list can run; that of a grammar can not while it is compiled."""
+        self._queued.add(id(member))
+
+    def due(self, capacity: int) -> bool:
+        """Whether it is time to plan. capacity: tokens of the KV pool."""
+        if self.complete:
+            return True
+        starves = self.batch is None or not self.batch.waiting.count
+        enough = len(self.coming) >= max(len(self.planned), 2)
+        return starves and enough and self._tokens * SHARE <= capacity
+
+    def all_planned(self) -> None:
+        """What was coming and has not left since is in the plan now."""
+        self.planned += self.coming
+        self.coming = []
+
+    def drop_gone(self) -> None:
+        """Requests that have left before they were planned never come."""
+        self.coming = [member for member in self.coming if is_present(member)]
+
+    def to_queue(self) -> Iterator[Member]:
+        """Those that can run and do not."""
+        for member in self.planned:
+            if id(member) in self._queued and member.slot < 0 and is_present(member):
+                yield member
+
+
+class Parts:
+    """The lists of which parts are missing, and those just completed."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, PartedList] = {}
+
+    def add(self, part: Part, members: Sequence[Member]) -> PartedList:
+        parted = self._lists.setdefault(part.name, PartedList())
+        parted.add(members, part.last)
+        return parted
+
+    def unplanned(self, member: Member) -> PartedList | None:
+        """The list that the request will be planned with."""
+        if member.batch is None:
+            for parted in self._lists.values():
+                if member in parted.coming:
+                    return parted
+        return None
+
+    def due(self, capacity: int) -> list[PartedList]:
+        """Those to plan now; complete ones are handed out once."""
+        due = [parted for parted in self._lists.values() if parted.due(capacity)]
+        if due:
+            self._lists = {
+                name: parted for name, parted in self._lists.items() if not parted.complete
+            }
+        return due
+
+
+def is_present(member: Member) -> bool:
+    """Whether the request has not ended."""
+    return member_of(member.request) is member
