@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import filterfalse
@@ -26,6 +27,7 @@ from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
 from sglang_batchllm.policy.core import Arrival, BatchPolicy, Decision, Limits, View
 from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.policy.requests import Turn
+from sglang_batchllm.server.handover import SLICE
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import (
@@ -41,6 +43,9 @@ else:
     seam = seams.load("scheduler")
 
 T = TypeVar("T")
+
+SNAPSHOT_SECONDS = 0.1
+"""How old the load that others see may be while a long queue waits."""
 
 SCORED_STEP = "batchllm_scored_step"
 """An attribute of a pass's result."""
@@ -92,6 +97,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._part: Part | None = None  # that is received
         self._turns: dict[str, Turn] = {}  # of requests that are announced and have yet to come
         self._seen_forward_ct = 0
+        self._snapshot_time = 0.0
 
     # Arrivals
 
@@ -204,6 +210,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         return ForecastPrefillAdder
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
+        if running_batch.is_empty():
+            running_batch.batch_is_full = False  # of what it is empty no end will tell
         decision = self._policy.choose(self._view(running_batch))
         if self._group_table is not None and decision.regrouped:
             self._enter_groups(self._group_table, decision.regrouped)
@@ -302,6 +310,14 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         super().process_batch_result(batch, result)
         for req in step.scored():
             self._policy.was_scored(req)
+
+    def publish_load_snapshot(self, force: bool = False) -> Any:
+        """With every prefill step SGLang walks all that wait."""
+        now = time.monotonic()
+        if now - self._snapshot_time < SNAPSHOT_SECONDS and len(self.waiting_queue) > SLICE:
+            return None
+        self._snapshot_time = now
+        return super().publish_load_snapshot(force)
 
     def _agree(self, decision: T) -> T:
         """The decision of the first rank; clocks differ between ranks, batches must not."""

@@ -102,6 +102,7 @@ class Batch:
     yields: all others go first.
     continued: for each request whether its text stays in memory for a later turn, see
         `texts.HeldTexts`.
+    private: handed over whole, and nothing continues its texts: nobody else is known to need its KV.
     members: in the order of the plan's indices; None once a request has ended.
     order, position: the plan's, and each index's place in it.
     opening: parts of the list are missing, and who shares what with them nobody knows; see `parts`.
@@ -138,6 +139,7 @@ class Batch:
         self.later = any(turn and turn.kind == "later" for turn in turns)
         self.yields = all(turn and turn.yields for turn in turns)
         self.continued = np.array([bool(turn and turn.kind != "once") for turn in turns])
+        self.private = whole and not self.continued.any()
         requests = [member.request for member in members]
         self.hints = np.array([hinted_output(request.rid) for request in requests])
         self.max_output = np.array([r.sampling_params.max_new_tokens or 0 for r in requests])
@@ -211,11 +213,10 @@ class Batch:
     def give_back_rows(self, lengths: OutputLengths) -> None:
         lengths.give_back(self._taken_rows)
 
-    @property
-    def private(self) -> bool:
-        """Handed over whole, and nothing continues its texts: its KV is of no use to others that
-        are known."""
-        return self.whole and not self.continued.any()
+    def stop_continuing(self) -> None:
+        """Nothing continues its texts from now on."""
+        self.continued[:] = False
+        self.private = self.whole
 
     def node_id(self, node: int) -> int:
         """A name of the node that no other batch's node has."""

@@ -107,7 +107,7 @@ class BatchPolicy:
         self._running = Running()
         self._intake = Intake(self._plan, limits.gather_seconds, self._agree)
         self._lanes = Lanes(self._intake, limits.capacity)
-        self._parts = Parts()
+        self._parts = Parts(limits.page_size)
         self.texts = HeldTexts(store)
         self._row_memory = RowMemory()
         self._ledger = Ledger(limits.page_size)
@@ -235,7 +235,7 @@ class BatchPolicy:
         if not self.texts.goes_on(batch):
             for one in self._ledger.lists:
                 if one.name == batch:
-                    one.continued[:] = False
+                    one.stop_continuing()
                     self._running.kept[self._running.batch == one.number] = False
         self._look_again = True
 
@@ -315,7 +315,7 @@ class BatchPolicy:
         """The next step prefills these requests, if any, each of which had so many prompt tokens in
         the cache; others that were chosen still wait.
 
-        idle: nothing else runs either.
+        idle: nothing else decodes or is prefilled either.
         """
         chosen, self._chosen = self._chosen, []
         members: list[Member] = []
@@ -336,7 +336,7 @@ class BatchPolicy:
                 self._ledger.published(member.batch)
         if members:
             self._rows_follow = any(member.lead for member in members)
-        if chosen and not prefilled and idle and not self.texts:
+        if chosen and not prefilled and idle and not self.texts and not len(self._running):
             self._give_up_pins(chosen[0])
 
     def _start(self, member: Member) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from sglang_batchllm.policy.batch import Batch, Member, member_of
+from sglang_batchllm.policy.distinct import DistinctTokens
 
 SHARE = 4
-"""A list that is not complete is planned as far as it takes one part of so many of the KV pool."""
+"""A list that is not complete is planned while that takes one part of so many of the KV pool."""
 
 
 class Part(NamedTuple):
@@ -33,18 +34,18 @@ class PartedList:
     batch: the last plan, with `planned`; None before the first. coming: what has come since.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, page_size: int) -> None:
         self.batch: Batch | None = None
         self.planned: list[Member] = []
         self.coming: list[Member] = []
         self.complete = False
-        self._tokens = 0  # of prompts, of all that has come
+        self._distinct = DistinctTokens(page_size)  # of the first `_measured` that were coming
+        self._measured = 0
         self._queued: set[int] = set()  # those that can run, by identity
 
     def add(self, members: Sequence[Member], last: bool) -> None:
         self.coming += members
         self.complete = last
-        self._tokens += sum(len(member.request.origin_input_ids) for member in members)
 
     def may_run(self, member: Member) -> None:
         """A request of the list can run; that of a grammar can not while it is compiled."""
@@ -55,13 +56,19 @@ class PartedList:
         if self.complete:
             return True
         starves = self.batch is None or not self.batch.waiting.count
-        enough = len(self.coming) >= max(len(self.planned), 2)
-        return starves and enough and self._tokens * SHARE <= capacity
+        if not starves or len(self.coming) < max(len(self.planned), 2):
+            return False
+        for member in self.coming[self._measured :]:
+            request = member.request
+            self._distinct.add(request.origin_input_ids, request.extra_key)
+        self._measured = len(self.coming)
+        return self._distinct.count() * SHARE <= capacity
 
     def all_planned(self) -> None:
         """What was coming and has not left since is in the plan now."""
         self.planned += self.coming
         self.coming = []
+        self._measured = 0
 
     def drop_gone(self) -> None:
         """Requests that have left before they were planned never come."""
@@ -77,11 +84,12 @@ class PartedList:
 class Parts:
     """The lists of which parts are missing, and those just completed."""
 
-    def __init__(self) -> None:
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
         self._lists: dict[str, PartedList] = {}
 
     def add(self, part: Part, members: Sequence[Member]) -> PartedList:
-        parted = self._lists.setdefault(part.name, PartedList())
+        parted = self._lists.setdefault(part.name, PartedList(self._page_size))
         parted.add(members, part.last)
         return parted
 

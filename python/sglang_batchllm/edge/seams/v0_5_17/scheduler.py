@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
-from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 
 
@@ -30,6 +30,22 @@ class QueueingScheduler(Scheduler):
     def places(self, running_batch: ScheduleBatch) -> int:
         """Requests that may join those that run."""
         return self.get_num_allocatable_reqs(len(running_batch.reqs))
+
+    def get_next_batch_to_run(
+        self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
+    ) -> NextBatchPlan:
+        """Requests that end with their prefill step enter no decode step, although its result is
+        known only after the next step has been launched."""
+        if self.enable_overlap and last_batch is not None and last_batch.forward_mode.is_extend():
+            in_chunks = (self.chunked_req, last_batch.chunked_req)
+            going_on = [
+                index
+                for index, req in enumerate(last_batch.reqs)
+                if req in in_chunks or not _ends(req)
+            ]
+            if len(going_on) < len(last_batch.reqs):
+                last_batch.filter_batch(keep_indices=going_on)
+        return super().get_next_batch_to_run(running_batch, last_batch)
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         """SGLang copies the list of free pages for every request that ends in a prefill step;
