@@ -319,6 +319,10 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._snapshot_time = now
         return super().publish_load_snapshot(force)
 
+    def on_idle(self) -> None:
+        super().on_idle()
+        self._policy.rest()
+
     def _agree(self, decision: T) -> T:
         """The decision of the first rank; clocks differ between ranks, batches must not."""
         if self.tensor_parallel_size == 1:

@@ -102,7 +102,7 @@ class Batch:
     yields: all others go first.
     continued: for each request whether its text stays in memory for a later turn, see
         `texts.HeldTexts`.
-    private: handed over whole, and nothing continues its texts: nobody else is known to need its KV.
+    private: handed over whole, and nothing continues its texts: nobody else needs its KV.
     members: in the order of the plan's indices; None once a request has ended.
     order, position: the plan's, and each index's place in it.
     opening: parts of the list are missing, and who shares what with them nobody knows; see `parts`.

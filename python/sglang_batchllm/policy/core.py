@@ -483,6 +483,10 @@ class BatchPolicy:
             return 0, 0
         return member.batch.attention_group(member, shared)
 
+    def rest(self) -> None:
+        """There is nothing to run."""
+        self._ledger.rest()
+
     def report(self) -> dict[str, Any]:
         """See `Ledger.report`."""
         return self._ledger.report() | {

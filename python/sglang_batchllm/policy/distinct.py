@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Hashable
 
 import numpy as np
 
-FOLD_TOKENS = 1 << 20
-"""Prompts are kept as they are until so many tokens have come: entering them takes about 10 us
-each, which a step that schedules should not spend."""
+PENDING_TOKENS = 1 << 22
+"""Prompts are kept as they are, to be entered when there is nothing else to do (`rest`), until so
+many tokens have come, 32 MiB: entering a prompt takes about 10 us."""
+
+REST_PROMPTS = 256
+"""Prompts to enter before something else may come."""
 
 MAX_TOKENS = 1 << 24
 """Distinct tokens that are remembered, 64 MiB; then all are forgotten, and what is counted from
@@ -35,7 +39,7 @@ class DistinctTokens:
 
     def __init__(self, page_size: int):
         self._page_size = page_size
-        self._pending: list[tuple[Hashable, array[int]]] = []
+        self._pending: deque[tuple[Hashable, array[int]]] = deque()
         self._pending_tokens = 0
         self._tokens = 0
         self._forget()
@@ -44,16 +48,24 @@ class DistinctTokens:
         """A prompt (token ids) has run; those of other namespaces share nothing with it."""
         self._pending.append((namespace, prompt))
         self._pending_tokens += len(prompt)
-        if self._pending_tokens >= FOLD_TOKENS:
-            self.count()
+        while self._pending_tokens > PENDING_TOKENS:
+            self._enter_oldest()
+
+    def rest(self) -> None:
+        """There is nothing else to do for some milliseconds."""
+        for _ in range(min(REST_PROMPTS, len(self._pending))):
+            self._enter_oldest()
 
     def count(self) -> int:
         """Over all prompts so far."""
-        for namespace, prompt in self._pending:
-            self._tokens += self._enter(namespace, np.asarray(prompt, np.int32))
-        self._pending.clear()
-        self._pending_tokens = 0
+        while self._pending:
+            self._enter_oldest()
         return self._tokens
+
+    def _enter_oldest(self) -> None:
+        namespace, prompt = self._pending.popleft()
+        self._pending_tokens -= len(prompt)
+        self._tokens += self._enter(namespace, np.asarray(prompt, np.int32))
 
     def _forget(self) -> None:
         self._roots: dict[Hashable, _Node] = {}

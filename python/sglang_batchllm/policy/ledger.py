@@ -116,6 +116,10 @@ class Ledger:
             self._closed.append(entry.report)
             logger.info("%s", entry.report)
 
+    def rest(self) -> None:
+        """There is nothing else to do for some milliseconds."""
+        self._distinct.rest()
+
     def report(self) -> dict[str, Any]:
         """For `json.dumps`: all requests since the start, the last lists, newest last, and those
         that run."""

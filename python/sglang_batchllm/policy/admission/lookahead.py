@@ -68,10 +68,12 @@ class Lookahead:
                 self._let_go(batch, node)
 
     def _expected_steps(self, member: Member, batch: Batch) -> float:
-        hint = batch.hints[member.index]
-        shown = self._remaining.of(int(batch.length_rows[member.index]))
+        """As `expected_steps`, in a tenth of the time that NumPy takes for one."""
         request = member.request
-        return float(expected_steps(hint, len(request.output_ids), most_output(request), shown))
+        steps = float(batch.hints[member.index]) - len(request.output_ids)
+        if not steps > 0:  # nor NaN
+            steps = self._remaining.of(int(batch.length_rows[member.index]))
+        return min(steps, most_output(request)) + EXTRA_STEPS
 
     def steps_by_whole_batch(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Decode steps expected of each of the batch's running and of its waiting requests,
