@@ -44,7 +44,7 @@ else:
 
 T = TypeVar("T")
 
-SNAPSHOT_SECONDS = 0.1
+SNAPSHOT_SECONDS = 1.0
 """How old the load that others see may be while a long queue waits."""
 
 SCORED_STEP = "batchllm_scored_step"

@@ -91,6 +91,10 @@ class PinnedTree:
     def is_ready(self, node: int) -> bool:
         return self._state[node] == READY
 
+    def handle(self, node: int) -> Any:
+        """To the pin of the node itself; None where it has none."""
+        return self._pins.get(node)
+
     def path_state(self, member: Leader) -> tuple[int, int]:
         """The uppermost COMPUTING node on the member's path (ROOT if none) and the tokens of the
         path's COLD nodes."""

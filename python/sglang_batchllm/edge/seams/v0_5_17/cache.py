@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from sglang_batchllm.edge.cache import PinnedGroups, private_member, shared_tokens
@@ -26,6 +26,7 @@ def create_cache(context: TreeCacheBuildContext) -> PinnedGroupCache:
 
 class PinnedGroupCache(PinnedGroups, RadixCache):
     def reset(self) -> None:
+        self._matches: dict[TreeNode, MatchResult] = {}  # of nodes that are held
         super().reset()
         if self.policy is not None:
             self.policy.forget_cached()
@@ -59,9 +60,39 @@ class PinnedGroupCache(PinnedGroups, RadixCache):
         """Also runs for a request that is retracted or aborted."""
         is_insert = is_insert and self.keeps(req)
         last_node, depth = req.last_node, req.cache_protected_len
-        super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+        if is_insert or last_node is None:
+            super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+        else:  # SGLang copies the slots of the whole text on the GPU first
+            own = self.req_to_token_pool.req_to_token[req.req_pool_idx, depth:kv_len_to_handle]
+            self.token_to_kv_pool_allocator.free_segment(own, start_pos=depth)
+            self.dec_lock_ref(last_node)
         text = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle] if is_insert else None
         self.left(req, last_node, depth, text)
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """All requests at home in a pinned node match as much, unless the tree has more of them:
+        SGLang would compare and copy the whole prefix for each."""
+        node = self._pinned_home(params)
+        if node is None:
+            return super().match_prefix(params)
+        if node not in self._matches:
+            found = super().match_prefix(params)
+            if found.last_device_node is not node:
+                return found
+            self._matches[node] = found
+        return self._matches[node]
+
+    def _pinned_home(self, params: MatchPrefixParams) -> TreeNode | None:
+        """Where the match ends, if that is known without looking."""
+        member = None if params.req is None else private_member(params.req)
+        if member is None or member.batch is None:
+            return None
+        pins = member.batch.pins
+        node: TreeNode | None = pins.handle(member.home)
+        rest = params.key[pins.depth[member.home] :].page_aligned(self.page_size)
+        if node is None or not len(rest) or rest.child_key(self.page_size) in node.children:
+            return None
+        return node
 
     # What `PinnedGroups` asks
 
@@ -76,6 +107,7 @@ class PinnedGroupCache(PinnedGroups, RadixCache):
         return node, self.protected_size() - before
 
     def let_go(self, handle: TreeNode) -> TreeNode:
+        self._matches.pop(handle, None)
         self.dec_lock_ref(handle)
         return handle
 
