@@ -17,7 +17,7 @@ from cost_model import Work
 from kv_model import KVPool, Request, make_request
 from sglang_batchllm.policy.batch import Member, member_of
 from sglang_batchllm.policy.core import Arrival, BatchPolicy, Limits, View, prefix_limit
-from sglang_batchllm.policy.pins import ROOT
+from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.policy.requests import Turn
 from sglang_batchllm.policy.rows import Ask
 
@@ -41,8 +41,14 @@ class EngineModel:
     running: requests that decode. Raises RuntimeError where no step can make progress.
     """
 
-    def __init__(self, capacity: int, policy: Policy = Policy(), gather_seconds: float = 0.0):
-        self.pool = KVPool(capacity)
+    def __init__(
+        self,
+        capacity: int,
+        policy: Policy = Policy(),
+        gather_seconds: float = 0.0,
+        pool: type[KVPool] = KVPool,
+    ):
+        self.pool = pool(capacity)
         self.policy = BatchPolicy(
             self.pool, Limits(capacity, 1, policy.chunk, gather_seconds, policy.mixed)
         )
@@ -63,14 +69,15 @@ class EngineModel:
         requests: Sequence[Request],
         turn: Turn | None = None,
         asks: Sequence[Ask | None] | None = None,
+        part: Part | None = None,
     ) -> None:
-        """Requests of one call. turn: their part in a program. asks: logprobs of each one's prompt
-        that it wants."""
+        """Requests of one call, or part of them. turn: their part in a program. asks: logprobs of
+        each one's prompt that it wants."""
         for request in requests:
             self._queue(request)
         asks = asks or [None] * len(requests)
         arrivals = [Arrival(r, turn, True, ask) for r, ask in zip(requests, asks, strict=True)]
-        self.policy.list_arrived(arrivals, requests)
+        self.policy.list_arrived(arrivals, requests, part)
 
     def submit(self, request: Request, shareable: bool = True) -> None:
         """A request by itself."""
@@ -172,16 +179,14 @@ class EngineModel:
             if budget.closed:
                 break
             member = _member(request)
-            request.node = self.pool.match(member)
-            self.pool.lock(member.batch, request.node, 1)
-            start = 0
-            if member.batch is not None:
-                start = min(member.batch.pins.depth[request.node], request.tokens - 1)
-                limit = prefix_limit(request)
-                start = start if limit is None else min(start, limit)
+            request.place, found = self.pool.match(member)
+            self.pool.hold(request.place)
+            start = min(found, request.tokens - 1)
+            limit = prefix_limit(request)
+            start = start if limit is None else min(start, limit)
             length = budget.add(request.tokens - start)
             if not length:
-                self.pool.lock(member.batch, request.node, -1)
+                self.pool.release(request.place)
                 break
             matched[request] = start
             if request.cached_tokens < 0:
@@ -223,9 +228,9 @@ class EngineModel:
         self._give_back(request)
 
     def _give_back(self, request: Request) -> None:
-        self.pool.lock(_member(request).batch, request.node, -1)
+        self.pool.release(request.place)
         self.pool.own -= request.own
-        request.own, request.node, request.computed = 0, ROOT, 0
+        request.own, request.place, request.computed = 0, None, 0
         self.policy.ended(request, request.end)
 
 

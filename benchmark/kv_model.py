@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 from sglang_batchllm.policy.batch import Batch, Member, member_of
 from sglang_batchllm.policy.pins import ROOT
@@ -17,8 +18,9 @@ from sglang_batchllm.policy.requests import End
 class Request:
     """What the policy asks of a request of SGLang's, and what the engine model notes about it.
 
-    own: KV tokens that only it has. node: where its prompt's cached prefix ended when it was last
-    scheduled. computed: tokens that have slots. ends_at: tokens after which it ends by itself.
+    own: KV tokens that only it has. place: where its prompt's cached prefix ended when it was last
+    scheduled, None for nowhere. computed: tokens that have slots. ends_at: tokens after which it
+    ends by itself.
     """
 
     rid: str
@@ -27,7 +29,7 @@ class Request:
     ends_at: float = float("inf")
     output_ids: list[int] = field(default_factory=list)
     own: int = 0
-    node: int = ROOT
+    place: Any = None
     computed: int = 0
     cached_tokens: int = -1
     already_computed: int = 0
@@ -83,20 +85,26 @@ class KVPool:
         """Free or evictable tokens."""
         return self.capacity - self.used
 
-    def match(self, member: Member) -> int:
-        """The deepest node on the way to the member's home down to which all is cached."""
+    def match(self, member: Member) -> tuple[Any, int]:
+        """The deepest node on the way to the member's home down to which all is cached, and the
+        tokens down to there."""
         if member.batch is None:
-            return ROOT
+            return None, 0
         deepest = ROOT
         for node in _path(member.batch, member.home):
             if member.batch.node_id(node) not in self._cached:
                 break
             deepest = node
-        return deepest
+        return (member.batch, deepest), member.batch.pins.depth[deepest]
 
-    def lock(self, batch: Batch | None, node: int, by: int) -> None:
-        for at in [] if batch is None else _path(batch, node):
-            name = _named(batch, at)
+    def hold(self, place: tuple[Batch, int] | None) -> None:
+        self._lock(place, 1)
+
+    def release(self, place: tuple[Batch, int] | None) -> None:
+        self._lock(place, -1)
+
+    def _lock(self, place: tuple[Batch, int] | None, by: int) -> None:
+        for name in [] if place is None else map(place[0].node_id, _path(*place)):
             before = self._locks[name]
             self._locks[name] += by
             if not before or not self._locks[name]:
@@ -122,7 +130,7 @@ class KVPool:
         batch, depth, parent = member.batch, member.batch.pins.depth, member.batch.pins.parent
         ready = [node for node in member.claimed if depth[node] <= request.computed]
         if ready:
-            self.lock(batch, request.node, -1)
+            self.release(request.place)
             for node in ready:
                 name = batch.node_id(node)
                 if name not in self._cached:
@@ -132,8 +140,8 @@ class KVPool:
                         self.evictable += tokens
                     request.own -= tokens
                     self.own -= tokens
-            request.node = ready[-1]
-            self.lock(batch, request.node, 1)
+            request.place = batch, ready[-1]
+            self.hold(request.place)
         return request.computed
 
     def pin(self, tokens: array[int], namespace: str | None, depth: int) -> tuple[Batch, int]:
@@ -142,14 +150,14 @@ class KVPool:
             node = batch.pins.parent[node]
         assert batch.pins.depth[node] == depth
         assert all(batch.node_id(at) in self._cached for at in _path(batch, node)), "not there"
-        self.lock(batch, node, 1)
+        self.hold((batch, node))
         return batch, node
 
     def unpin(
         self, handle: tuple[Batch, int], depth: int, free_from: int | None, last_use: bool
     ) -> None:
         batch, node = handle
-        self.lock(batch, node, -1)
+        self.release(handle)
         while free_from is not None and batch.pins.depth[node] > free_from:
             name = batch.node_id(node)
             if self._locks[name]:
@@ -182,11 +190,6 @@ class KVPool:
         assert member is not None
         assert member.batch is not None
         return member.batch, member.home
-
-
-def _named(batch: Batch | None, node: int) -> int:
-    assert batch is not None
-    return batch.node_id(node)
 
 
 def _path(batch: Batch, node: int) -> list[int]:
