@@ -41,6 +41,7 @@ def assert_whole(engine: EngineModel) -> None:
     assert not +engine.pool._locks
     assert engine.policy.pinned_tokens == 0
     assert not engine.policy.report()["running"]
+    assert not len(engine.policy._running)
 
 
 def run_disturbed(engine: EngineModel, requests: list[Request], rng: random.Random) -> None:
