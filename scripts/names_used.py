@@ -104,6 +104,7 @@ READ_IN_ONE = {
         "srt.mem_cache.allocator.BaseTokenToKVPoolAllocator": "free_group_begin free_group_end",
         "srt.server_args.ServerArgs": "override get_model_config get_attention_backends",
         "srt.managers.scheduler.Scheduler": "ipc_channels ps",
+        "srt.managers.tokenizer_manager.ReqState": "abort_requested",
     },
     "0.5.23": {
         "srt.managers.schedule_batch.Req": (

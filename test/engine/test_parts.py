@@ -1,12 +1,13 @@
 """Long lists run in parts while they are prepared, and come out as in one piece."""
 
+import asyncio
 import random
 import time
 from typing import Any
 
 import pytest
 
-from engines import flush
+from engines import CONTEXT_LENGTH, flush, wait_until_whole
 from prompts import distinct_tokens, mixed_batch
 from sglang_batchllm.client.get_report import get_report
 from sglang_batchllm.edge import lists, parting
@@ -77,3 +78,68 @@ def test_a_list_in_parts_is_as_one_in_one_piece(request, stock_engine, kind, par
     assert last["prompt_tokens"] == sum(map(len, prompts))
     assert report["running"] == []
     assert_pool_is_whole(report)
+
+
+def test_the_first_step_runs_while_parts_are_sent(engine, monkeypatch):
+    """Some are answered before the last is sent."""
+    send = lists.ListIntake.send_list
+    answered: list[int] = []
+
+    async def wait_and_send(self: Any, tokenized: list[Any]) -> None:
+        known = set(self.rid_to_state)
+        await send(self, tokenized)
+        await asyncio.sleep(0.2)
+        answered.append(len(known.difference(self.rid_to_state)))
+
+    monkeypatch.setattr(lists.ListIntake, "send_list", wait_and_send)
+    prompts = without_beginnings(mixed_batch(60, seed=4))
+    results = engine.generate(input_ids=prompts, sampling_params=sampling(0))
+    assert sum(answered) > PART
+    assert len(results) == len(prompts)
+    assert all(result["meta_info"]["completion_tokens"] == 1 for result in results)
+    wait_until_whole(engine)
+    assert not engine.tokenizer_manager.rid_to_state
+
+
+def test_a_request_that_is_refused_ends_its_list(engine, parts):
+    prompts = [*without_beginnings(mixed_batch(100, seed=5)), [7] * (CONTEXT_LENGTH + 1)]
+    long = sampling(0) | {"max_new_tokens": 300}
+    with pytest.raises(ValueError, match="context length"):
+        engine.generate(input_ids=prompts, sampling_params=long)
+    assert len(parts) > 2
+    report = wait_until_whole(engine)
+    assert report["batches"][-1]["aborted"] > 0
+    assert not engine.tokenizer_manager.rid_to_state
+    results = engine.generate(input_ids=prompts[:-1], sampling_params=sampling(0))
+    assert len(results) == len(prompts) - 1
+
+
+def test_an_abort_while_parts_are_sent(engine, monkeypatch):
+    prompts = without_beginnings(mixed_batch(100, seed=6))
+    rids = [f"parted-{index:03d}" for index in range(len(prompts))]
+    send = lists.ListIntake.send_list
+    sent: list[str] = []
+
+    async def send_and_abort(self: Any, tokenized: list[Any]) -> None:
+        await send(self, tokenized)
+        await asyncio.sleep(0.05)
+        sent.extend(request.rid for request in tokenized)
+        if len(sent) == 3 * PART:
+            self.abort_request(sent[PART])
+
+    monkeypatch.setattr(lists.ListIntake, "send_list", send_and_abort)
+    long = sampling(0) | {"max_new_tokens": 100}
+    results = engine.generate(input_ids=prompts, sampling_params=long, rid=rids)
+    reasons = [result["meta_info"]["finish_reason"]["type"] for result in results]
+    assert reasons.index("abort") == rids.index(sent[PART])
+    assert reasons.count("length") == len(prompts) - 1
+    wait_until_whole(engine)
+    assert not engine.tokenizer_manager.rid_to_state
+
+
+def test_texts_in_parts(engine, parts):
+    texts = [f"Sort this into one of five: {'x' * 40} item {index}" for index in range(80)]
+    results = engine.generate(texts, sampling_params=sampling(3))
+    assert len(parts) > 3
+    alone = [engine.generate(text, sampling_params=sampling(3))["text"] for text in texts[::16]]
+    assert [result["text"] for result in results[::16]] == alone

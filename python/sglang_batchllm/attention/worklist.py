@@ -40,6 +40,9 @@ S + MERGE_TOKENS * L / S, least at sqrt(MERGE_TOKENS * L)."""
 MIN_SAVED_TOKENS = 240
 """Fewest saved token reads, (members - 1) * prefix tokens, for which a group shares."""
 
+BLOCKS = (256, 1024, 4096)
+"""Batch sizes that the plan is compiled for: not for each that is captured. Beyond, powers of 2."""
+
 KIND_SUFFIX = tl.constexpr(0)
 KIND_SMALL = tl.constexpr(1)
 KIND_LARGE = tl.constexpr(2)
@@ -350,10 +353,8 @@ class WorkList:
         """
         batch = rows.shape[0]
         config = self.config
-        # Few sizes, since each is compiled: the captured batch sizes must not each cost a
-        # compilation.
-        block_b = min(self.max_block, 256 if batch <= 256 else 1024 if batch <= 1024 else 4096)
-        block_b = max(block_b, next_power_of_2(batch))
+        fitting = next((block for block in BLOCKS if batch <= block), BLOCKS[-1])
+        block_b = max(min(self.max_block, fitting), next_power_of_2(batch))
         _plan_kernel[(1,)](
             rows,
             seq_lens,

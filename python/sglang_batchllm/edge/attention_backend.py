@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang_batchllm.attention.fused import FusedDecode, choose_config
 from sglang_batchllm.attention.groups import GroupTable, get_group_table
 from sglang_batchllm.attention.reference import shared_decode
-from sglang_batchllm.attention.worklist import WorkList, WorkListConfig, next_power_of_2
+from sglang_batchllm.attention.worklist import BLOCKS, WorkList, WorkListConfig, next_power_of_2
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.fusable import (
     attention_layers,
@@ -174,9 +174,10 @@ class BatchLLMAttnBackend(AttentionBackend):
         if rows.numel() == 0:
             return
         for fused in self.fused.values():
-            fused.work.build(
-                rows, seq_lens, self.table.group_id, self.table.prefix_len, self.req_to_token
-            )
+            self._build_list(fused.work, rows, seq_lens)
+
+    def _build_list(self, work: WorkList, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        work.build(rows, seq_lens, self.table.group_id, self.table.prefix_len, self.req_to_token)
 
     # -- attention -----------------------------------------------------------------------------
 
@@ -350,6 +351,10 @@ class BatchLLMAttnBackend(AttentionBackend):
             slot_capacity=int(full_attention_pool(self.token_to_kv_pool).size),
             device=self.device,
         )
+        # Larger batches than are captured: compiled now, for a second or two, and not in the first
+        # step that has so many.
+        rows = torch.zeros(min(self.num_rows, BLOCKS[1] + 1), dtype=torch.int64, device=self.device)
+        self._build_list(work, rows, torch.ones_like(rows))
         return FusedDecode(config, work, num_heads, num_kv_heads, head_dim, self.dtype, self.device)
 
 

@@ -129,6 +129,7 @@ class ListIntake(SharedAnswers):
             self._dispatch_to_scheduler(AbortList(rids=[*states]))
             self._dispatch_to_scheduler(end_of_list(name))
             raise
+        self.all_sent(states.values())
         self.rid_to_state.update(states)  # SGLang has forgotten those that are answered already
         places = dict(zip(order, sent, strict=True))
         return Sent(places[index] for index in range(batch_size))

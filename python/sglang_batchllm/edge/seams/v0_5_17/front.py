@@ -39,6 +39,12 @@ class SendingManager(TokenizerManager):
         for rid in rids:
             self._raise_if_logical_rid_aborted(rid)
 
+    def all_sent(self, states: Iterable[ReqState]) -> None:
+        """Aborts that came after a request was sent are with the scheduler. SGLang looks for them
+        once more, and would end the whole list."""
+        for state in states:
+            state.abort_requested = False
+
     def stock_answers(self, obj: Any, request: Any, state: ReqState) -> AsyncIterator[Any]:
         """SGLang's generator, which looks the state up once it is asked; by then it may be gone."""
         view: Any = _StateView(self, {obj.rid: state})

@@ -37,5 +37,8 @@ class SendingManager(TokenizerManager):
     def check_aborted(self, rids: Iterable[str]) -> None:
         """This release does not look whether a request was aborted before it is sent."""
 
+    def all_sent(self, states: Iterable[ReqState]) -> None:
+        """Nor does it look after that."""
+
     def stock_answers(self, obj: Any, request: Any, state: ReqState) -> AsyncIterator[Any]:
         return super()._wait_one_response(obj, request)
