@@ -12,12 +12,13 @@ after a warm-up with other tokens.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from results_file import ResultFile, Row
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 SIDES: dict[str, dict[str, Any]] = {"batchllm": {"batchllm": True}, "stock": {}}
-WARM_UP = 64
-"""Requests of it."""
+WARM_UP = 2
+"""One part of so many of a case goes ahead with other tokens, so that nothing is compiled later."""
 
 FRONT = {
     "_batch_tokenize_and_process": "prepare",
@@ -77,7 +78,7 @@ class Stages:
         self._open.append((name, now))
 
     def around(self, owner: Any, method: str, name: str) -> None:
-        """Count a method's time from now on; of a coroutine, that until it first suspends."""
+        """Count a method's time from now on, and of a coroutine that until it ends."""
         inner = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +87,12 @@ class Stages:
                     self.first_step = time.perf_counter()
                 return inner(*args, **kwargs)
 
-        setattr(owner, method, timed)
+        async def timed_coroutine(*args: Any, **kwargs: Any) -> Any:
+            with self.stage(name):
+                return await inner(*args, **kwargs)
+
+        suspends = inspect.iscoroutinefunction(inner)
+        setattr(owner, method, timed_coroutine if suspends else timed)
 
 
 def _time_scheduler(path: Path) -> None:
@@ -113,30 +119,6 @@ def _time_scheduler(path: Path) -> None:
     scheduler.flush_cache = flush_and_write
 
 
-def _time_front(stages: Stages, manager: Any) -> None:
-    for method, name in FRONT.items():
-        inner = getattr(manager, method)
-        setattr(manager, method, _timed(stages, inner, name))
-
-
-def _timed(stages: Stages, inner: Callable[..., Any], name: str) -> Callable[..., Any]:
-    import inspect
-
-    if not inspect.iscoroutinefunction(inner):
-
-        def plain(*args: Any, **kwargs: Any) -> Any:
-            with stages.stage(name):
-                return inner(*args, **kwargs)
-
-        return plain
-
-    async def suspending(*args: Any, **kwargs: Any) -> Any:
-        with stages.stage(name):
-            return await inner(*args, **kwargs)
-
-    return suspending
-
-
 def run_side(
     options: dict[str, Any], cases: Sequence[str], orders: Sequence[str], side: str, pipe: Any
 ) -> None:
@@ -150,11 +132,12 @@ def run_side(
         manager = engine.tokenizer_manager
         vocab_size = manager.model_config.vocab_size
         front = Stages()
-        _time_front(front, manager)
+        for method, name in FRONT.items():
+            front.around(manager, method, name)
         for name in cases:
             case = CASES[name]
             sampling = {"temperature": 0, "max_new_tokens": case.output, "ignore_eos": True}
-            warm_up = case.prompts(vocab_size, seed=1)[:WARM_UP]
+            warm_up = case.prompts(vocab_size, seed=1)[: case.requests // WARM_UP]
             engine.generate(input_ids=warm_up, sampling_params=sampling)
             for order in orders if side == "stock" else ["shuffled"]:
                 prompts = case.prompts(vocab_size)
@@ -195,7 +178,13 @@ def main() -> None:
     parser.add_argument("--model", help="model folder; a tiny one is made if none is given")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["classify", "label"])
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--orders", nargs="+", default=["shuffled", "grouped"], help="of stock")
+    parser.add_argument(
+        "--orders",
+        nargs="+",
+        choices=["shuffled", "grouped"],
+        default=["shuffled", "grouped"],
+        help="of stock's prompts; ours are shuffled",
+    )
     parser.add_argument("--out", type=Path, help="put the rows into this file")
     parser.add_argument(
         "--options", type=json.loads, default={}, help="more engine arguments for every side (JSON)"
