@@ -12,8 +12,9 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.cache import PinnedGroups
-from sglang_batchllm.policy.core import BatchPolicy, Limits
+from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.requests import Turn
+from sglang_batchllm.policy.step import Limits
 from sglang_batchllm.policy.texts import ENOUGH_ENDED, HOLD_SECONDS, HeldTexts
 
 BATCH = "a list"

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from engines import SERVER_PAGE_SIZE, flush
+from engines import API_KEY, CONTEXT_LENGTH, SERVER_PAGE_SIZE, flush
+from prompts import distinct_tokens
+from sglang_batchllm.client.get_report import get_report
 
 PREFIX = list(range(10, 90))
 BATCH = [[*PREFIX, token] for token in range(100, 108)]
@@ -45,6 +47,24 @@ def test_several_samples_of_each_prompt(engine):
     results = generate(engine, sampling_params=sampling)
     assert len(results) == 3 * len(BATCH)
     assert all(len(r["output_ids"]) == 6 for r in results)
+    assert len({tuple(r["output_ids"]) for r in results[:3]}) > 1
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_samples_are_planned_together(engine, stock_engine, one):
+    """In SGLang's order; a prompt is computed once, and its last token for every sample."""
+    prompts = BATCH[:1] if one else BATCH
+    sampling = {**GREEDY, "n": 3}
+    before = get_report(engine)["total"]
+    ours, _ = same_as_stock(engine, stock_engine, input_ids=prompts, sampling_params=sampling)
+    assert [r["output_ids"] for r in ours[::3]] == [r["output_ids"] for r in ours[2::3]]
+    report = get_report(engine)
+    assert report["total"]["requests"] - before["requests"] == 3 * len(prompts)
+    computed = report["total"]["computed_tokens"] - before["computed_tokens"]
+    assert computed == distinct_tokens([prompt for prompt in prompts for _ in range(3)])
+    if not one:
+        assert report["batches"][-1]["requests"] == 3 * len(prompts)
+    assert not engine.tokenizer_manager.rid_to_state
 
 
 def test_output_logprobs(engine, stock_engine):
@@ -78,14 +98,41 @@ def test_json_schema_mixed_with_plain_requests(engine):
             assert len(result["output_ids"]) == 6
 
 
-def test_streaming_a_batch(engine):
-    whole = generate(engine)
+@pytest.mark.parametrize("n", [1, 2])
+def test_streaming_a_batch(engine, n):
+    sampling = {**GREEDY, "n": n}
+    whole = generate(engine, sampling_params=sampling)
     flush(engine)
     seen: dict[int, list[int]] = {}
-    for chunk in engine.generate(input_ids=BATCH, sampling_params=GREEDY, stream=True):
+    for chunk in engine.generate(input_ids=BATCH, sampling_params=sampling, stream=True):
         seen[chunk["index"]] = chunk["output_ids"]
-    assert [len(seen[i]) for i in range(len(BATCH))] == [6] * len(BATCH)
-    assert [seen[i] for i in range(len(BATCH))] == [r["output_ids"] for r in whole]
+    assert [len(seen[i]) for i in range(n * len(BATCH))] == [6] * n * len(BATCH)
+    assert [seen[i] for i in range(n * len(BATCH))] == [r["output_ids"] for r in whole]
+
+
+def test_samples_over_http(server):
+    """Of several prompts and of one, in SGLang's shape, and as OpenAI's choices."""
+    texts = ["once there was " * 20 + word for word in ("one", "two", "three")]
+    sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True, "n": 2}
+    flush(server)
+    answers = server.post("/generate", {"text": texts, "sampling_params": sampling}).json()
+    assert len(answers) == 6
+    assert get_report(server.url, API_KEY)["batches"][-1]["requests"] == 6
+    body = {"text": texts[1], "sampling_params": sampling}
+    assert [one["text"] for one in server.post("/generate", body).json()] == [
+        one["text"] for one in answers[2:4]
+    ]
+    body = {"model": "x", "prompt": texts, "max_tokens": 4, "temperature": 0, "n": 2}
+    choices = server.post("/v1/completions", body | {"ignore_eos": True}).json()["choices"]
+    assert [choice["text"] for choice in choices] == [one["text"] for one in answers]
+
+
+def test_samples_of_a_list_with_a_prompt_that_is_too_long(engine):
+    prompts = [*BATCH, [7] * (CONTEXT_LENGTH + 1)]
+    with pytest.raises(ValueError, match="context length"):
+        engine.generate(input_ids=prompts, sampling_params={**GREEDY, "n": 2})
+    assert not engine.tokenizer_manager.rid_to_state
+    assert len(generate(engine)) == len(BATCH)
 
 
 def test_a_prompt_that_is_too_long_does_not_harm_the_server(server):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine_model import EngineModel, Policy
 from kv_model import Request, make_request
 from sglang_batchllm.policy.batch import member_of
-from sglang_batchllm.policy.core import View
+from sglang_batchllm.policy.step import View
 
 prompt_lists = st.lists(
     st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=2, max_size=12

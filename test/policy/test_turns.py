@@ -10,8 +10,9 @@ import pytest
 from engine_model import EngineModel, Policy
 from kv_model import Request, make_request
 from sglang_batchllm.policy.batch import member_of
-from sglang_batchllm.policy.core import Arrival, BatchPolicy, Limits, View
+from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.requests import Turn
+from sglang_batchllm.policy.step import Arrival, Limits, View
 
 POOL = 2000
 OUTPUT = 20

@@ -49,17 +49,17 @@ class BatchLLMTokenizerManager(ListIntake):
         openai.claim(obj)
         return super().generate_request(obj, request)
 
-    def takes(self, tokenized: Any) -> bool:
+    def due(self, tokenized: Any) -> list[Any]:
         rid = tokenized.rid
         take = self.taking.pop(rid, None)
         if take is not None:
             take(tokenized)
-            return True
+            return []
         later = self.registry.later_turn(rid)
         if later is not None:
             turns = {rid: ("later", later.program)}
             self._dispatch_to_scheduler(NameTurns(batch=later.batch, turns=turns))
-        return False
+        return super().due(tokenized)
 
 
 class Front:

@@ -19,11 +19,11 @@ from sglang.srt.managers.io_struct import (
 )
 
 from sglang_batchllm.edge import seams
-from sglang_batchllm.edge.answers import SharedAnswers
 from sglang_batchllm.edge.args import resolved
 from sglang_batchllm.edge.messages import AbortList
 from sglang_batchllm.edge.packing import end_of_list, packed
 from sglang_batchllm.edge.parting import Sent, comes_in_parts, opening_of
+from sglang_batchllm.edge.samples import SampledLists, nothing
 from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.server.handover import SLICE, TEXT_SLICE
 
@@ -38,7 +38,7 @@ POLL_SECONDS = 0.5
 """How often the connection of a client that waits for a list is looked at."""
 
 
-class ListIntake(SharedAnswers):
+class ListIntake(SampledLists):
     """SGLang's front end, with lists of any length.
 
     SGLang sends lists of token ids whole; here lists of plain text are too. Each of their requests
@@ -189,6 +189,8 @@ class ListIntake(SharedAnswers):
     # From the scheduler to the caller
 
     def _wait_one_response(self, obj: Any, request: Any = None) -> Any:
+        if self.left_out(obj.rid):
+            return nothing()
         state = self.rid_to_state[obj.rid]
         waiter = Waiter(self.stock_answers(obj, request, state), state, request)
         if state.finished:

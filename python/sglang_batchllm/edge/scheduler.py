@@ -24,9 +24,10 @@ from sglang_batchllm.edge.names import ATTENTION_BACKEND
 from sglang_batchllm.edge.packing import PackedList, unpacked
 from sglang_batchllm.edge.queue_index import QueueIndex, without
 from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
-from sglang_batchllm.policy.core import Arrival, BatchPolicy, Decision, Limits, View
+from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.policy.requests import Turn
+from sglang_batchllm.policy.step import Arrival, Decision, Limits, View
 from sglang_batchllm.server.handover import SLICE
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from sglang_batchllm.policy.admission.forecast import MemoryForecast
 from sglang_batchllm.policy.admission.lanes import Lanes
@@ -23,8 +22,9 @@ from sglang_batchllm.policy.intake import Intake
 from sglang_batchllm.policy.ledger import Ledger
 from sglang_batchllm.policy.parts import Part, PartedList, Parts, is_present
 from sglang_batchllm.policy.pins import ROOT
-from sglang_batchllm.policy.requests import End, Request, Turn
+from sglang_batchllm.policy.requests import End, Request
 from sglang_batchllm.policy.rows import Ask, RowMemory, Rows
+from sglang_batchllm.policy.step import Arrival, Decision, Limits, View
 from sglang_batchllm.policy.store import Store
 from sglang_batchllm.policy.texts import HeldTexts
 
@@ -33,62 +33,6 @@ IDLE_SECONDS = 0.05
 time that this much has passed."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of the engine. capacity: tokens of the KV pool. chunk: prompt tokens of a prefill step.
-    gather_seconds: how long a lone request waits at most for others. mixes: requests may decode in
-    a step that prefills."""
-
-    capacity: int
-    page_size: int
-    chunk: int
-    gather_seconds: float
-    mixes: bool = False
-
-
-class Arrival(NamedTuple):
-    """A request that comes in. turn: its part in a program that was handed over. shareable: whether
-    equal token ids mean equal KV for it, and it is neither invalid nor aborted already. ask: the
-    logprobs of its prompt that it wants, None for none."""
-
-    request: Request
-    turn: Turn | None
-    shareable: bool
-    ask: Ask | None = None
-
-
-@dataclass(frozen=True)
-class View:
-    """What the engine sees before a step.
-
-    decoding: requests that decode. decode_tokens: KV tokens that their next step takes. available:
-    KV tokens that are free or can be evicted. max_requests: that may be added. chunk_left: prompt
-    tokens still to compute of the request that is prefilled in chunks. stepped: a forward step has
-    run since the last choice. full: nothing was to be added until a request has ended, and none
-    has.
-    """
-
-    decoding: int
-    decode_tokens: int
-    available: int
-    max_requests: int
-    chunk_left: int
-    stepped: bool
-    full: bool
-
-
-@dataclass
-class Decision:
-    """requests: to prefill, in this order. mixed: those that decode may do so in the same step.
-    full: nothing is to be added until a request has ended. regrouped: requests that run, and whose
-    `attention_group` is another than before."""
-
-    requests: list[Any] = field(default_factory=list)  # of the engine's own class
-    regrouped: list[Any] = field(default_factory=list)
-    mixed: bool = False
-    full: bool = False
 
 
 class BatchPolicy:

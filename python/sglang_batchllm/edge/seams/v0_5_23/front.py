@@ -14,8 +14,9 @@ from sglang_batchllm.edge.parting import Sent
 class SendingManager(TokenizerManager):
     """A front end whose requests can be taken before they are sent."""
 
-    def takes(self, tokenized: Any) -> bool:
-        """Take a request that is ready for the scheduler; False has it sent."""
+    def due(self, tokenized: Any) -> list[Any]:
+        """What is to be sent now that this request is ready: it alone, nothing where it is taken or
+        others are to come first, or a list."""
         raise NotImplementedError
 
     def sending_many(self) -> AbstractContextManager[None]:
@@ -23,8 +24,11 @@ class SendingManager(TokenizerManager):
         raise NotImplementedError
 
     async def _send_one_request(self, tokenized_obj: Any) -> None:
-        if not self.takes(tokenized_obj):
-            await super()._send_one_request(tokenized_obj)
+        ready = self.due(tokenized_obj)
+        if len(ready) == 1:
+            await super()._send_one_request(ready[0])
+        elif ready:
+            await self._send_batch_request(ready)
 
     async def _send_batch_request(self, tokenized_objs: list[Any]) -> None:
         if not isinstance(tokenized_objs, Sent):
@@ -33,6 +37,10 @@ class SendingManager(TokenizerManager):
 
     async def send_list(self, tokenized: list[Any]) -> None:
         await self._send_batch_request(tokenized)
+
+    def forget(self, rid: str) -> None:
+        """A request is not to be sent, and nobody waits for it."""
+        del self.rid_to_state[rid]
 
     def check_aborted(self, rids: Iterable[str]) -> None:
         """This release does not look whether a request was aborted before it is sent."""

@@ -1,0 +1,65 @@
+"""What an engine and the policy tell each other, each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sglang_batchllm.policy.requests import Request, Turn
+from sglang_batchllm.policy.rows import Ask
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the engine. capacity: tokens of the KV pool. chunk: prompt tokens of a prefill step.
+    gather_seconds: how long a lone request waits at most for others. mixes: requests may decode in
+    a step that prefills."""
+
+    capacity: int
+    page_size: int
+    chunk: int
+    gather_seconds: float
+    mixes: bool = False
+
+
+class Arrival(NamedTuple):
+    """A request that comes in. turn: its part in a program that was handed over. shareable: whether
+    equal token ids mean equal KV for it, and it is neither invalid nor aborted already. ask: the
+    logprobs of its prompt that it wants, None for none."""
+
+    request: Request
+    turn: Turn | None
+    shareable: bool
+    ask: Ask | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """What the engine sees before a step.
+
+    decoding: requests that decode. decode_tokens: KV tokens that their next step takes. available:
+    KV tokens that are free or can be evicted. max_requests: that may be added. chunk_left: prompt
+    tokens still to compute of the request that is prefilled in chunks. stepped: a forward step has
+    run since the last choice. full: nothing was to be added until a request has ended, and none
+    has.
+    """
+
+    decoding: int
+    decode_tokens: int
+    available: int
+    max_requests: int
+    chunk_left: int
+    stepped: bool
+    full: bool
+
+
+@dataclass
+class Decision:
+    """requests: to prefill, in this order. mixed: those that decode may do so in the same step.
+    full: nothing is to be added until a request has ended. regrouped: requests that run, and whose
+    `attention_group` is another than before."""
+
+    requests: list[Any] = field(default_factory=list)  # of the engine's own class
+    regrouped: list[Any] = field(default_factory=list)
+    mixed: bool = False
+    full: bool = False
