@@ -72,6 +72,7 @@ class PartedList:
 
     def drop_gone(self) -> None:
         """Requests that have left before they were planned never come."""
+        self._queued.difference_update(id(one) for one in self.coming if not is_present(one))
         self.coming = [member for member in self.coming if is_present(member)]
 
     def to_queue(self) -> Iterator[Member]:
