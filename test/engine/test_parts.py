@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engines import CONTEXT_LENGTH, flush, wait_until_whole
+from engines import API_KEY, CONTEXT_LENGTH, SERVER_PAGE_SIZE, flush, wait_until_whole
 from prompts import distinct_tokens, mixed_batch
 from sglang_batchllm.client.get_report import get_report
 from sglang_batchllm.edge import lists, parting
@@ -143,3 +143,33 @@ def test_texts_in_parts(engine, parts):
     assert len(parts) > 3
     alone = [engine.generate(text, sampling_params=sampling(3))["text"] for text in texts[::16]]
     assert [result["text"] for result in results[::16]] == alone
+
+
+def test_grammars_and_streams_in_parts(engine, parts):
+    prompts = without_beginnings(mixed_batch(100, seed=7))
+    constrained = {"temperature": 0, "max_new_tokens": 60, "json_schema": '{"type": "boolean"}'}
+    params = [constrained if index % 3 else sampling(index) for index in range(len(prompts))]
+    texts: dict[int, str] = {}
+    for chunk in engine.generate(input_ids=prompts, sampling_params=params, stream=True):
+        texts[chunk["index"]] = chunk["text"]
+    assert len(parts) > 3
+    assert len(texts) == len(prompts)
+    assert {texts[index] for index in texts if index % 3} <= {"true", "false"}
+    report = wait_until_whole(engine)["batches"][-1]
+    assert report["finished"] == len(prompts)
+    assert not engine.tokenizer_manager.rid_to_state
+
+
+def test_a_long_list_over_http(server):
+    """With the sizes that users have; its parts are those of a process of its own."""
+    shared = list(range(10, 18))
+    prompts = [[*shared, *([20 + index % 200, 20 + index // 200] * 5)] for index in range(2000)]
+    flush(server)
+    answers = server.post("/generate", {"input_ids": prompts, "sampling_params": sampling(0)})
+    results = answers.json()
+    assert len(results) == len(prompts)
+    alone = server.post("/generate", {"input_ids": prompts[77], "sampling_params": sampling(0)})
+    assert results[77]["output_ids"] == alone.json()["output_ids"]
+    report = wait_until_whole(server.url, API_KEY)["batches"][-1]
+    assert report["finished"] == report["requests"] == len(prompts)
+    assert report["computed_tokens"] == distinct_tokens(prompts, SERVER_PAGE_SIZE)
