@@ -94,7 +94,7 @@ def plan_batch(
         raise ValueError(f"page_size is {page_size}; pass the tokens per KV page, 1 or more")
     table = as_table(prompts)
     lens = np.diff(table.offsets)
-    output_lens = _check_output_lens(expected_output_lens, len(lens))
+    output_lens = check_output_lens(expected_output_lens, len(lens))
     if namespaces is not None and len(namespaces) != len(lens):
         raise ValueError(
             f"namespaces has {len(namespaces)} entries for {len(lens)} prompts; pass one each"
@@ -131,7 +131,7 @@ def plan_batch(
     return BatchPlan(tree, order, groups, group_of, shared_len, to_compute, page_size, lens, report)
 
 
-def _check_output_lens(expected: Sequence[int] | np.ndarray | None, count: int) -> np.ndarray:
+def check_output_lens(expected: Sequence[int] | np.ndarray | None, count: int) -> np.ndarray:
     if expected is None:
         return np.ones(count, np.int64)
     lens = np.asarray(expected)
