@@ -1,6 +1,7 @@
 """Requests spread over several engines: by the prefix tree, and as others do.
 
     python benchmark/bench_partition.py --out FILE
+    python benchmark/bench_partition.py --loads million --shards 1000 --ways tree --out FILE
 
 Nothing runs: what each way would compute, how even the shards are, and how long the longest would
 take, by `planning.Costs`. "rows" deals the requests out in turn; "hash" goes by the first 512
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,7 @@ HASHED_TOKENS = 512
 class Load:
     """prompts: token ids, shuffled. outputs: tokens that each decodes."""
 
-    prompts: list[list[int]]
+    prompts: Any  # lists, or a table of equally long ones
     outputs: np.ndarray
 
 
@@ -42,6 +44,13 @@ def load_of(name: str) -> Load:
     def tokens(count: int) -> list[int]:
         return rng.choices(range(VOCABULARY), k=count)
 
+    if name == "million":  # documents of Zipf's popularity, and questions under them
+        random_ids = np.random.default_rng(0)
+        documents = random_ids.integers(0, VOCABULARY, (60_000, 60), np.int32)
+        documents[:, :20] = 7
+        chosen = documents[random_ids.zipf(1.3, 1_000_000) % len(documents)]
+        questions = random_ids.integers(0, VOCABULARY, (len(chosen), 20), np.int32)
+        return Load(np.hstack([chosen, questions]), random_ids.geometric(1 / 50, len(chosen)))
     if name == "tree":  # a system prompt, 32 documents under it, questions under these
         system = tokens(4000)
         documents = [tokens(500) for _ in range(32)]
@@ -88,13 +97,14 @@ WAYS: dict[str, Way] = {
     "hash": _by_hash,
     "sorted": _by_sorting,
 }
-LOADS = ("M1", "M2", "M3", "M4", "M5", "M6", "mixed", "classify", "tree", "skewed")
+LOADS = ("million", "M1", "M2", "M3", "M4", "M5", "M6", "mixed", "classify", "tree", "skewed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS[1:]))
     parser.add_argument("--shards", nargs="+", type=int, default=[2, 8])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--out", type=Path, help="put the rows into this file")
     args = parser.parse_args()
     file = ResultFile(args.out, ("load", "shards", "way"))
@@ -102,9 +112,9 @@ def main() -> None:
         load = load_of(name)
         plan = plan_batch(load.prompts, 1, load.outputs)
         for shards in args.shards:
-            for way, spread in WAYS.items():
+            for way in args.ways:
                 started = time.perf_counter()
-                found = spread(load, plan, shards)
+                found = WAYS[way](load, plan, shards)
                 row = {
                     "load": name,
                     "shards": shards,
@@ -114,6 +124,7 @@ def main() -> None:
                     "balance": found.balance,
                     "seconds": float(found.seconds.max()),
                     "lower_bound": found.lower_bound,
+                    "planning_seconds": plan.report.planning_seconds,
                     "took_seconds": time.perf_counter() - started,
                 }
                 print(json.dumps(file.add(row)))
