@@ -32,6 +32,9 @@ IDLE_SECONDS = 0.05
 """Where nothing runs because texts that wait for their next turn hold the KV, one is given up each
 time that this much has passed."""
 
+LONG_LIST = 256
+"""Requests of a list that nobody takes one by one to go on with them."""
+
 T = TypeVar("T")
 
 
@@ -343,16 +346,17 @@ class BatchPolicy:
         """Whether the KV of a request that ends is to stay in the cache, first to be evicted.
 
         Of a list that was handed over whole, and is complete, nobody is known to need it, so it
-        stays only while memory keeps nobody out, and where it was asked for more than a label or a
-        score: nobody goes on with those, and keeping takes longer than all else about such a
-        request.
+        stays only while memory keeps nobody out. Of a long list, only where it was asked for more
+        than a label or a score: keeping takes longer than all else about such a request. (Programs
+        go on with one of the choices that a short list has scored.)
         """
         member = member_of(request)
         if member is None or member.batch is None or not member.batch.private:
             return True
         if member.batch.opening:
             return True
-        return not self._pressed and (request.sampling_params.max_new_tokens or 0) > 1
+        labels = (request.sampling_params.max_new_tokens or 0) <= 1
+        return not self._pressed and not (labels and len(member.batch.members) >= LONG_LIST)
 
     def ended(self, request: Request, end: End | None, text: array[int] | None = None) -> None:
         """The request has given its KV back, if it had any: it has ended, or (None) was retracted.
