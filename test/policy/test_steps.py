@@ -156,6 +156,12 @@ def test_what_a_list_leaves_stays_only_while_memory_keeps_nobody_out():
     assert engine.pool.evictable == 0
 
 
+def test_labels_of_a_long_list_leave_nothing():
+    for size, output, kept in ((256, 1, False), (255, 1, True), (256, 2, True)):
+        engine, requests = engine_with([[1, 2, index] for index in range(size)], output=output)
+        assert engine.policy.keeps(requests[0]) == kept
+
+
 def test_the_report_counts_all_that_ran():
     engine, _ = engine_with([[1, 2, 3], [1, 2, 4], [5]])
     engine.run()
