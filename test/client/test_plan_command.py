@@ -129,3 +129,33 @@ def test_a_file_without_requests_is_said(tmp_path: Path, model: Path):
     result = plan("-i", tmp_path / "in.jsonl", "--tokenizer", model)
     said = "no request can run: it has no requests"
     assert result.stderr == f"error: {tmp_path / 'in.jsonl'}: {said}\n"
+
+
+def test_shards_have_every_line_once(inputs: Path, model: Path, tmp_path: Path):
+    lines = [*requests(30).splitlines(), b"no json", b"", b"{}"]
+    inputs.write_bytes(b"\n".join(lines))
+    folder = tmp_path / "shards"
+    args = ("-i", inputs, "--tokenizer", model, "--shards", 3, "--into", folder)
+    result = plan(*args)
+    assert value_of(result, "shards").startswith("3, the longest ")
+    assert int(value_of(result, "computed twice").split(" ")[0].replace(",", "")) >= 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [f"000{shard}-of-0003.jsonl" for shard in (1, 2, 3)]
+    found = [(folder / name).read_bytes().splitlines() for name in names]
+    assert sorted(line for shard in found for line in shard) == sorted(filter(None, lines))
+    assert {b"no json", b"{}"} <= set(found[0])
+    assert all(5 <= len(shard) <= 17 for shard in found)
+    for shard in found:  # in the order of the file
+        places = [lines.index(line) for line in shard]
+        assert places == sorted(places)
+
+    again = plan(*args)
+    assert again.exit_code == 1
+    assert "0001-of-0003.jsonl is there already" in again.stderr
+
+
+@pytest.mark.parametrize("args", [("--shards", 2), ("--into", "somewhere")])
+def test_shards_need_a_folder(inputs: Path, model: Path, args: tuple[object, ...]):
+    result = plan("-i", inputs, "--tokenizer", model, *args)
+    assert result.exit_code == 1
+    assert "--shards and --into go together" in result.stderr

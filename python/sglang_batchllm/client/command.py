@@ -81,6 +81,10 @@ def run(context: click.Context, **options: Any) -> None:
 @ENDPOINT
 @TOKENIZER
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with the prefix tree.")
+@click.option(
+    "--shards", type=click.IntRange(min=1), help="Cut the file into so many, for as many engines."
+)
+@click.option("--into", type=click.Path(path_type=Path), help="The folder for --shards.")
 @click.option("--page-size", default=1, show_default=True, help="Tokens of a KV page.")
 @click.option("--served-model-name", help="As of the server.")
 def plan(**options: Any) -> None:

@@ -19,7 +19,8 @@ from sglang_batchllm.jobs.order import plan_rows
 from sglang_batchllm.jobs.page import write_page
 from sglang_batchllm.jobs.reading import Reading, read_inputs
 from sglang_batchllm.jobs.rows import Rules
-from sglang_batchllm.planning import BatchPlan
+from sglang_batchllm.jobs.shards import shard_rows, write_shards
+from sglang_batchllm.planning import BatchPlan, Partition
 
 SHOWN = 5
 """Rows at the beginning of the order."""
@@ -34,12 +35,16 @@ def run_plan(
     served_model_name: str | None,
     html: Path | None,
     page_size: int,
+    shards: int | None,
+    into: Path | None,
     **prompts: Any,
 ) -> None:
     """The options are those of the command; prompts are for `sources.open_source`. Prints to
     standard output. Raises JobError."""
     if model is None and tokenizer is None:
         raise JobError("give --model, whose tokenizer and chat template the plan is made with")
+    if (shards is None) != (into is None):
+        raise JobError("--shards and --into go together: how many files, and the folder for them")
     if html is not None:
         check_writable(html)
     named = served_model_name or model
@@ -56,7 +61,10 @@ def run_plan(
         with console.status("planning"):
             plan = plan_rows(index, page_size)
         rows = Inputs(source.inputs, index, rules)
-        _print(plan, index, rows)
+        spread = None if shards is None else shard_rows(index, plan, shards)
+        if spread is not None and into is not None:
+            write_shards(source.inputs, index, spread.shard_of, len(spread.seconds), into)
+        _print(plan, index, rows, spread)
         if html is not None:
             table = index.table()
 
@@ -76,7 +84,7 @@ def run_plan(
         rows.close()
 
 
-def _print(plan: BatchPlan, index: Index, rows: Inputs) -> None:
+def _print(plan: BatchPlan, index: Index, rows: Inputs, spread: Partition | None) -> None:
     report = plan.report
     suffix = plan.prompt_lens - plan.shared_len
     depth = int(plan.tree.depth[plan.tree.request_node].max())
@@ -93,6 +101,10 @@ def _print(plan: BatchPlan, index: Index, rows: Inputs) -> None:
         table.add_row("  prefix tokens", _spread(report.prefix_len_quantiles))
     table.add_row("suffix tokens", f"median {np.median(suffix):,.0f}, at most {suffix.max():,}")
     table.add_row("KV of one path", f"{depth:,} tokens and what the request decodes")
+    if spread is not None:
+        over = spread.balance - 1
+        table.add_row("shards", f"{len(spread.seconds):,}, the longest {over:.1%} over the mean")
+        table.add_row("computed twice", f"{spread.repeated_tokens:,} tokens, by several shards")
     first = ", ".join(rows.read(row).custom_id for row in plan.order[:SHOWN].tolist())
     more = ", ..." if report.requests > SHOWN else ""
     table.add_row("order", f"{first}{more}")
