@@ -1,4 +1,4 @@
-"""The command line: ``batchllm run`` and ``batchllm plan``."""
+"""The command line: ``batchllm run``, ``batchllm plan`` and ``batchllm merge``."""
 
 from __future__ import annotations
 
@@ -92,6 +92,21 @@ def plan(**options: Any) -> None:
     from sglang_batchllm.client.plan_command import run_plan
 
     _guarded(lambda console: run_plan(console, **options))
+
+
+@main.command()
+@INPUTS
+@click.argument("outputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+def merge(inputs: tuple[str, ...], outputs: tuple[Path, ...], output: Path) -> None:
+    """Put the OUTPUTS of several runs together, in the order of the requests."""
+    from sglang_batchllm.jobs.merge import merge as merge_records
+
+    def act(console: Console) -> None:
+        merged = merge_records([Path(name) for name in inputs], outputs, output)
+        console.print(f"{merged.records:,} records, {merged.failed:,} of requests that failed")
+
+    _guarded(act)
 
 
 def _guarded(act: Callable[[Console], None]) -> None:
