@@ -24,6 +24,10 @@ def create_cache(context: TreeCacheBuildContext) -> PinnedGroupCache:
     return PinnedGroupCache(context.params)
 
 
+KEPT_MATCHES = 64
+"""Of pinned nodes; each has the slots of a whole path, 8 bytes a token, on the GPU."""
+
+
 class PinnedGroupCache(PinnedGroups, RadixCache):
     def reset(self) -> None:
         self._matches: dict[TreeNode, MatchResult] = {}  # of nodes that are held
@@ -79,6 +83,8 @@ class PinnedGroupCache(PinnedGroups, RadixCache):
             found = super().match_prefix(params)
             if found.last_device_node is not node:
                 return found
+            if len(self._matches) >= KEPT_MATCHES:
+                self._matches.clear()
             self._matches[node] = found
         return self._matches[node]
 
