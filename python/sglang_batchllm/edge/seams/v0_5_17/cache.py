@@ -67,7 +67,8 @@ class PinnedGroupCache(PinnedGroups, RadixCache):
         if is_insert or last_node is None:
             super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
         else:  # SGLang copies the slots of the whole text on the GPU first
-            own = self.req_to_token_pool.req_to_token[req.req_pool_idx, depth:kv_len_to_handle]
+            end = min(kv_len_to_handle, len(req.origin_input_ids) + len(req.output_ids))
+            own = self.req_to_token_pool.req_to_token[req.req_pool_idx, depth:end]
             self.token_to_kv_pool_allocator.free_segment(own, start_pos=depth)
             self.dec_lock_ref(last_node)
         text = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle] if is_insert else None
