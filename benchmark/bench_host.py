@@ -78,7 +78,8 @@ class Stages:
         self._open.append((name, now))
 
     def around(self, owner: Any, method: str, name: str) -> None:
-        """Count a method's time from now on, and of a coroutine that until it ends."""
+        """Count a method's time from now on, and of a coroutine that until it ends, with what else
+        its event loop does meanwhile but for other methods that are counted."""
         inner = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:

@@ -64,7 +64,7 @@ class KVPool:
         self.own = 0
         self.evictable = 0
         self._cached: dict[int, int] = {}  # node: tokens of its edge
-        self._locks: Counter[int] = Counter()
+        self._locks: Counter[Any] = Counter()  # by node, or what else names one
         self._owner: dict[int, Request] = {}  # by the identity of its prompt
 
     def admit(self, request: Request) -> None:

@@ -12,6 +12,8 @@ from sglang_batchllm.policy.admission.forecast import MemoryForecast
 from sglang_batchllm.policy.admission.outputs import (
     OutputLengths,
     RemainingOutput,
+    expected_steps,
+    expected_steps_of_one,
     hinted_output,
     most_output,
 )
@@ -202,3 +204,15 @@ def test_running_entries_move_up():
     assert sorted(running.own.tolist()) == list(range(1, 200, 2))
     assert all(running.own[m.slot] == i for i, m in enumerate(members) if i % 2)
     assert sorted(running.decoded().tolist()) == sorted(running.own.tolist())
+
+
+@given(
+    st.one_of(st.just(math.nan), st.integers(0, 30).map(float)),
+    st.integers(0, 30),
+    st.integers(0, 30),
+    st.one_of(st.just(math.inf), st.floats(0, 30)),
+)
+def test_one_request_is_expected_to_take_as_long_as_among_others(hint, decoded, most, shown):
+    assert expected_steps_of_one(hint, decoded, most, shown) == expected_steps(
+        np.array([hint]), np.array([decoded]), np.array([most]), np.array([shown])
+    )

@@ -24,17 +24,14 @@ class TokenPool(KVPool):
         return self.own + len(self._tokens)
 
     def match(self, member: Member) -> tuple[Prefix, int]:
-        prefix = tuple(member.request.origin_input_ids[: self._cached_tokens(member.request)])
-        return prefix, len(prefix)
-
-    def _cached_tokens(self, request: Any) -> int:
-        return self.cached(request.origin_input_ids, None)
+        *_, longest = (), *self._present(member.request.origin_input_ids)
+        return longest, len(longest)
 
     def cached(self, tokens: array[int], namespace: str | None) -> int:
         return sum(1 for _ in self._present(tokens))
 
     def locked(self, tokens: array[int], namespace: str | None) -> int:
-        return sum(1 for prefix in self._present(tokens) if self._locks[prefix])  # type: ignore[index]
+        return sum(1 for prefix in self._present(tokens) if self._locks[prefix])
 
     def _present(self, tokens: array[int]) -> Iterator[Prefix]:
         for prefix in _prefixes(tuple(tokens)):
@@ -44,8 +41,8 @@ class TokenPool(KVPool):
 
     def _lock(self, place: Any, by: int) -> None:
         for prefix in _prefixes(place or ()):
-            before = self._locks[prefix]  # type: ignore[index]
-            self._locks[prefix] += by  # type: ignore[index]
+            before = self._locks[prefix]
+            self._locks[prefix] += by
             if not before or not before + by:
                 self.evictable -= by * (prefix in self._tokens)
 
@@ -54,7 +51,7 @@ class TokenPool(KVPool):
         for prefix in sorted(self._tokens, key=len, reverse=True):
             if self._filled <= self.capacity:
                 return
-            if not self._locks[prefix]:  # type: ignore[index]
+            if not self._locks[prefix]:
                 self._free(prefix)
         assert self._filled <= self.capacity, "out of KV"
 
@@ -76,7 +73,7 @@ class TokenPool(KVPool):
                 self.own -= 1
                 if prefix not in self._tokens:
                     self._tokens.add(prefix)
-                    self.evictable += not self._locks[prefix]  # type: ignore[index]
+                    self.evictable += not self._locks[prefix]
             self.release(request.place)
             request.place = place
             self.hold(place)
@@ -94,7 +91,7 @@ class TokenPool(KVPool):
             goes_on = any(other[:-1] == prefix for other in self._tokens)
             if free_from is None or len(prefix) <= free_from or goes_on:
                 return
-            if self._locks[prefix]:  # type: ignore[index]
+            if self._locks[prefix]:
                 return
             self._free(prefix)
 

@@ -95,15 +95,25 @@ def plan(**options: Any) -> None:
 
 
 @main.command()
-@INPUTS
+@click.option(
+    "-i",
+    "--input",
+    "inputs",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The file of requests that was cut.",
+)
 @click.argument("outputs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-def merge(inputs: tuple[str, ...], outputs: tuple[Path, ...], output: Path) -> None:
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="A new file for all."
+)
+def merge(inputs: tuple[Path, ...], outputs: tuple[Path, ...], output: Path) -> None:
     """Put the OUTPUTS of several runs together, in the order of the requests."""
     from sglang_batchllm.jobs.merge import merge as merge_records
 
     def act(console: Console) -> None:
-        merged = merge_records([Path(name) for name in inputs], outputs, output)
+        merged = merge_records(inputs, outputs, output)
         console.print(f"{merged.records:,} records, {merged.failed:,} of requests that failed")
 
     _guarded(act)

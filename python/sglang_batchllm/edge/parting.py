@@ -26,11 +26,12 @@ class Sent(list[Any]):
 def comes_in_parts(requests: GenerateReqInput | EmbeddingReqInput, batch_size: int) -> bool:
     """Whether parts of the list may run before the others are known. Logprobs of prompts are
     shared by one plan for all."""
+    flags: Any = requests.return_logprob if isinstance(requests, GenerateReqInput) else ()
     return (
         batch_size >= 2 * SLICE
         and isinstance(requests, GenerateReqInput)
         and _USE_PICKLE_IPC
-        and not _any(requests.return_logprob)
+        and not any(flags)
         and requests.input_embeds is None
         and requests.session_params is None
     )
@@ -55,7 +56,3 @@ def opening_of(prompts: Sequence[str | Sequence[int]]) -> list[int]:
             break
         opening = found
     return opening if 2 * len(opening) < len(prompts) else []
-
-
-def _any(flags: bool | Sequence[bool] | None) -> bool:
-    return any(flags) if isinstance(flags, Sequence) else bool(flags)

@@ -212,7 +212,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         if running_batch.is_empty():
-            running_batch.batch_is_full = False  # of what it is empty no end will tell
+            running_batch.batch_is_full = False  # nothing decodes whose end would say so
         decision = self._policy.choose(self._view(running_batch))
         if self._group_table is not None and decision.regrouped:
             self._enter_groups(self._group_table, decision.regrouped)

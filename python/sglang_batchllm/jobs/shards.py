@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from sglang_batchllm.jobs.errors import JobError
 from sglang_batchllm.jobs.index import Index
+from sglang_batchllm.jobs.whole import check_new, write_whole
 from sglang_batchllm.planning import BatchPlan, Partition, partition
 
 UNSAID_OUTPUT = 128
@@ -24,7 +25,7 @@ def shard_rows(index: Index, plan: BatchPlan, shards: int) -> Partition:
 
 def write_shards(
     paths: Sequence[Path], index: Index, shard_of: np.ndarray, shards: int, folder: Path
-) -> list[Path]:
+) -> None:
     """A file for each shard, with its lines as they stand in `paths` and in their order. Those that
     can't run are in the first, whose run tells of them.
 
@@ -32,24 +33,14 @@ def write_shards(
     """
     names = [folder / f"{shard + 1:04d}-of-{shards:04d}.jsonl" for shard in range(shards)]
     for name in names:
-        if name.exists():
-            raise JobError(f"{name} is there already; name another folder, or remove it")
+        check_new(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for shard, name in enumerate(names):
-            partial = name.with_suffix(".partial")
-            with partial.open("wb") as file:
-                for line in _lines(paths, index, np.flatnonzero(shard_of == shard)):
-                    file.write(line + b"\n")
-                if shard == 0:
-                    for line in _bad_lines(paths, index):
-                        file.write(line + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(name)
     except OSError as error:
-        raise JobError(f"{folder} can't be written: {error.strerror}; name another") from error
-    return names
+        raise JobError(f"{folder} can't be made: {error.strerror}; name another") from error
+    for shard, name in enumerate(names):
+        lines = _lines(paths, index, np.flatnonzero(shard_of == shard))
+        write_whole(name, lines if shard else chain(lines, _bad_lines(paths, index)))
 
 
 def _lines(paths: Sequence[Path], index: Index, rows: np.ndarray) -> Iterator[bytes]:

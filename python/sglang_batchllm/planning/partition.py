@@ -56,9 +56,10 @@ class Costs:
 class Partition:
     """n requests in `shards` shards.
 
-    shard_of: int32[n]. seconds: float64[shards], predicted. computed_tokens: int64[shards], prompt
-    tokens that each computes. repeated_tokens: of these, those that several shards compute, beyond
-    the first. lower_bound: seconds that the longest shard of any partition takes at least.
+    shard_of: int32[n]. seconds: float64[shards], predicted. computed_tokens: int64[shards], the
+    distinct prompt tokens of each one's requests. repeated_tokens: by how many the shards together
+    have more than the batch. lower_bound: seconds that the longest shard of any partition takes at
+    least.
     """
 
     shard_of: np.ndarray
@@ -148,9 +149,8 @@ class _Pieces:
 class _Tree:
     """What nodes and requests cost, in depth-first order.
 
-    own: seconds of each request beside its prompt, by place. edge, path, below: of each node, of
-    all down to it, and of all that is strictly below it, requests that end at it included. total:
-    of everything once.
+    edge, path, below, alone: seconds of each node, of all down to it, of all that is strictly below
+    it, requests that end at it included, and of the latter two together. total: of everything once.
     """
 
     def __init__(self, plan: BatchPlan, outputs: np.ndarray, costs: Costs):
@@ -169,14 +169,13 @@ class _Tree:
         np.maximum.at(longest, group[group >= 0], outputs[group >= 0])
         self.edge[plan.groups.node] += costs.kv_token * plan.groups.prefix_len * longest
         self.path = self._down_to()
-        self._edge_until = np.concatenate([[0.0], np.cumsum(self.edge)])
+        edge_until = np.concatenate([[0.0], np.cumsum(self.edge)])
 
         self._first = np.cumsum(tree.end_count) - tree.end_count
         self._stop = self._first + tree.num_requests
-        self._last = np.searchsorted(self._first, self._stop)  # the node after the subtree
-        self._last[0] = tree.num_nodes
-        nodes = np.arange(tree.num_nodes)
-        self.below = self._edge_until[self._last] - self._edge_until[nodes + 1]
+        behind = np.searchsorted(self._first, self._stop)  # the node after the subtree
+        behind[0] = tree.num_nodes
+        self.below = edge_until[behind] - edge_until[1:]
         self.below += self._own_until[self._stop] - self._own_until[self._first]
         self.alone = self.path + self.below
         self.total = float(self.below[0])

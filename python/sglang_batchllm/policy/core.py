@@ -351,12 +351,11 @@ class BatchPolicy:
         go on with one of the choices that a short list has scored.)
         """
         member = member_of(request)
-        if member is None or member.batch is None or not member.batch.private:
-            return True
-        if member.batch.opening:
+        batch = None if member is None else member.batch
+        if batch is None or not batch.private or batch.opening:
             return True
         labels = (request.sampling_params.max_new_tokens or 0) <= 1
-        return not self._pressed and not (labels and len(member.batch.members) >= LONG_LIST)
+        return not self._pressed and not (labels and len(batch.members) >= LONG_LIST)
 
     def ended(self, request: Request, end: End | None, text: array[int] | None = None) -> None:
         """The request has given its KV back, if it had any: it has ended, or (None) was retracted.

@@ -10,6 +10,7 @@ from sglang_batchllm.policy.admission.outputs import (
     MAX_EXPECTED_OUTPUT,
     OutputLengths,
     expected_steps,
+    expected_steps_of_one,
     most_output,
 )
 from sglang_batchllm.policy.admission.running import Running
@@ -68,12 +69,10 @@ class Lookahead:
                 self._let_go(batch, node)
 
     def _expected_steps(self, member: Member, batch: Batch) -> float:
-        """As `expected_steps`, in a tenth of the time that NumPy takes for one."""
+        hint = float(batch.hints[member.index])
+        shown = self._remaining.of(int(batch.length_rows[member.index]))
         request = member.request
-        steps = float(batch.hints[member.index]) - len(request.output_ids)
-        if not steps > 0:  # nor NaN
-            steps = self._remaining.of(int(batch.length_rows[member.index]))
-        return min(steps, most_output(request)) + EXTRA_STEPS
+        return expected_steps_of_one(hint, len(request.output_ids), most_output(request), shown)
 
     def steps_by_whole_batch(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Decode steps expected of each of the batch's running and of its waiting requests,

@@ -46,6 +46,12 @@ def expected_steps(hint: Any, decoded: Any, most: Any, shown: Any) -> Any:
     return np.minimum(np.where(announced > 0, announced, shown), most) + EXTRA_STEPS
 
 
+def expected_steps_of_one(hint: float, decoded: int, most: int, shown: float) -> float:
+    """`expected_steps` of one request, in a tenth of the time that NumPy takes for it."""
+    announced = hint - decoded
+    return min(announced if announced > 0 else shown, most) + EXTRA_STEPS
+
+
 class OutputLengths:
     """What sets of requests show about their output lengths, a row per set; each set but one is
     part of a larger one, its parent: a prefix group of its batch, a gathered batch of all gathered.

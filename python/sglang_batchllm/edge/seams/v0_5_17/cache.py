@@ -96,10 +96,11 @@ class PinnedGroupCache(PinnedGroups, RadixCache):
             return None
         pins = member.batch.pins
         node: TreeNode | None = pins.handle(member.home)
-        rest = params.key[pins.depth[member.home] :].page_aligned(self.page_size)
-        if node is None or not len(rest) or rest.child_key(self.page_size) in node.children:
+        if node is None:
             return None
-        return node
+        rest = params.key[pins.depth[member.home] :].page_aligned(self.page_size)
+        goes_on = not len(rest) or rest.child_key(self.page_size) in node.children
+        return None if goes_on else node
 
     # What `PinnedGroups` asks
 
