@@ -13,14 +13,12 @@ import triton
 
 from attention_shapes import DIM, HEADS, KV_HEADS, Inputs
 from sglang_batchllm.attention.fused import FusedDecode, choose_config
-from sglang_batchllm.attention.worklist import MIN_SAVED_TOKENS, WorkList, WorkListConfig
+from sglang_batchllm.attention.worklist import WorkList, WorkListConfig
 
 Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def make_ours(
-    inputs: Inputs, min_saved_tokens: int = MIN_SAVED_TOKENS
-) -> tuple[Callable[[], None], Attention]:
+def make_ours(inputs: Inputs, **tuning: int) -> tuple[Callable[[], None], Attention]:
     config = choose_config(torch.bfloat16, DIM, HEADS // KV_HEADS)
     lanes = HEADS // KV_HEADS
     sms = torch.cuda.get_device_properties(0).multi_processor_count
@@ -30,11 +28,11 @@ def make_ours(
             config.block_m_small // lanes,
             config.block_m_large // lanes,
             sms * config.programs_per_sm,
-            min_saved_tokens,
+            **tuning,
         ),
         max(inputs.q.shape[0], 1024),
         max(inputs.req_to_token.shape[0], 2048),
-        inputs.unique_tokens,
+        2 * inputs.unique_tokens,
         "cuda",
     )
     fused = FusedDecode(config, work, HEADS, KV_HEADS, DIM, torch.bfloat16, "cuda")
@@ -44,9 +42,10 @@ def make_ours(
         work.build(
             inputs.rows,
             inputs.seq_lens,
-            inputs.group_id,
-            inputs.prefix_len,
+            inputs.table.group_id,
+            inputs.table.prefix_len,
             inputs.req_to_token,
+            inputs.table.levels,
         )
 
     def attention(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
+from sglang_batchllm.attention.groups import LEVELS, GroupTable
+
 HEADS, KV_HEADS, DIM = 32, 8, 128
 BYTES_PER_MS = 4.3e9
+Path = tuple[list[tuple[Hashable, int]], int]
+"""The nodes that a request shares, outermost first, as name and tokens; and its own tokens."""
 Groups = list[tuple[int, list[int]]]
 """(prefix tokens, suffix tokens of each member); prefix 0 is no group."""
 
@@ -19,6 +26,23 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
     "16x32, 8000, 300": (16, 32, 8000, 300),
     "512 singletons of 2250": (512, 1, 0, 2250),
 }
+
+TREES: dict[str, tuple[tuple[int, ...], tuple[int, ...], float]] = {
+    "chain of 3": ((1, 16, 64), (1024, 256, 32), 1.9),
+    "chain of 4": ((1, 4, 16, 512), (1024, 256, 128, 32), 5.0),
+    "chain of 6": ((1, 16, 32, 64, 128, 1024), (256, 128, 64, 16, 16, 16), 3.1),
+    "binary": ((1, 2, 4, 8, 16, 32, 64, 128, 1024), (256, 128, 64, *[16] * 6), 3.6),
+    "by fours": ((1, 4, 16, 64, 256, 1024), (256, 8, 256, 64, 32, 256), 1.6),
+    "one prefix, 1024": ((1, 1024), (2048, 32), 6.9),
+    "one prefix, 256": ((1, 256), (256, 32), 2.4),
+    "system, documents, questions": ((1, 32, 512), (4000, 500, 250), 6.3),
+    "64 documents": ((1, 64, 512), (2000, 2000, 250), 3.6),
+    "tools, documents": ((1, 8, 128, 512), (1000, 3000, 500, 250), 4.6),
+    "32 groups": ((32, 512), (2000, 250), 2.8),
+    "8 groups": ((8, 512), (2000, 250), 3.8),
+    "16 groups of 8000": ((16, 512), (8000, 300), 6.4),
+}
+"""Nodes per level, tokens per node, and the ratio to fa3 that is wanted."""
 
 
 def uniform(groups: int, members: int, prefix: int, suffix: int) -> Groups:
@@ -37,8 +61,7 @@ class Inputs:
     req_to_token: torch.Tensor
     rows: torch.Tensor
     seq_lens: torch.Tensor
-    group_id: torch.Tensor
-    prefix_len: torch.Tensor
+    table: GroupTable
     members: list[list[int]]
     prefixes: list[int]
     unique_tokens: int
@@ -53,32 +76,48 @@ class Inputs:
 
 
 def make_inputs(groups: Groups, seed: int = 0) -> Inputs:
-    gen = torch.Generator().manual_seed(seed)
-    batch = sum(len(suffixes) for _, suffixes in groups)
-    unique = sum(prefix + sum(suffixes) for prefix, suffixes in groups)
-    context = max(prefix + max(suffixes) for prefix, suffixes in groups)
-    slots = (torch.randperm(unique, generator=gen) + 1).int()
-    req_to_token = torch.zeros((batch + 1, context), dtype=torch.int32)
-    group_id = torch.zeros(batch + 1, dtype=torch.int32)
-    prefix_len = torch.zeros(batch + 1, dtype=torch.int32)
-    seq_lens = torch.zeros(batch + 1, dtype=torch.int64)
+    paths: list[Path] = []
     members: list[list[int]] = []
-    row, at = 1, 0
-    for number, (prefix, suffixes) in enumerate(groups, start=1):
-        shared = slots[at : at + prefix]
-        at += prefix
-        members.append(list(range(row, row + len(suffixes))))
-        for suffix in suffixes:
-            req_to_token[row, :prefix] = shared
-            req_to_token[row, prefix : prefix + suffix] = slots[at : at + suffix]
-            at += suffix
-            seq_lens[row] = prefix + suffix
-            if prefix and len(suffixes) > 1:
-                group_id[row], prefix_len[row] = number, prefix
-            row += 1
+    for number, (prefix, suffixes) in enumerate(groups):
+        members.append(list(range(len(paths), len(paths) + len(suffixes))))
+        shared = [(number, prefix)] if prefix and len(suffixes) > 1 else []
+        paths += [(shared, suffix + (0 if shared else prefix)) for suffix in suffixes]
+    inputs = make_tree_inputs(paths, seed)
+    return replace(inputs, members=members, prefixes=[prefix for prefix, _ in groups])
+
+
+def make_tree_inputs(paths: list[Path], seed: int = 0, levels: int = LEVELS) -> Inputs:
+    """levels: 1 to read one shared node alone, that which saves most where all are alike."""
+    gen = torch.Generator().manual_seed(seed)
+    batch = len(paths)
+    tokens_of = {node: tokens for nodes, _ in paths for node, tokens in nodes}
+    sizes = list(tokens_of.values()) + [own for _, own in paths]
+    unique = sum(sizes)
+    context = max(sum(n for _, n in nodes) + own for nodes, own in paths)
+    stretches = (torch.randperm(unique, generator=gen) + 1).int().split(sizes)
+    node_slots = dict(zip(tokens_of, stretches, strict=False))
+    numbers = {node: number for number, node in enumerate(tokens_of, start=1)}
+    count = Counter(node for nodes, _ in paths for node, _ in nodes)
+    req_to_token = torch.zeros((batch + 1, context), dtype=torch.int32)
+    seq_lens = torch.zeros(batch, dtype=torch.int64)
+    shared: list[list[tuple[int, int]]] = []
+    for i, (nodes, own) in enumerate(paths):
+        path = torch.cat([*(node_slots[node] for node, _ in nodes), stretches[len(tokens_of) + i]])
+        req_to_token[i + 1, : len(path)] = path
+        seq_lens[i] = len(path)
+        ends = accumulate(tokens for _, tokens in nodes)
+        marks = [(numbers[node], end) for (node, _), end in zip(nodes, ends, strict=True)]
+        if levels == 1 and nodes:
+            saves = [
+                (1 - 1 / count[node]) * end
+                for (node, _), (_, end) in zip(nodes, marks, strict=True)
+            ]
+            marks = [marks[saves.index(max(saves))]]
+        shared.append(marks)
+        assert sum(n for _, n in nodes) + own == len(path)
+    table = GroupTable(batch + 1, "cuda")
     rows = torch.arange(batch) + 1
-    position = torch.zeros(batch + 1, dtype=torch.long)
-    position[rows] = torch.arange(batch)
+    table.assign(rows.tolist(), shared)
     shape = (unique + 64, KV_HEADS, DIM)
     copies = max(2, -(-(1 << 30) // (unique * KV_HEADS * DIM * 4)))
 
@@ -90,13 +129,29 @@ def make_inputs(groups: Groups, seed: int = 0) -> Inputs:
         [(random(*shape), random(*shape)) for _ in range(min(copies, 8))],
         req_to_token.cuda(),
         rows.cuda(),
-        seq_lens[rows].cuda(),
-        group_id.cuda(),
-        prefix_len.cuda(),
-        [position[m].tolist() for m in members],
-        [prefix for prefix, _ in groups],
+        seq_lens.cuda(),
+        table,
+        [],
+        [],
         unique,
     )
+
+
+def tree(nodes: Sequence[int], tokens: Sequence[int]) -> list[Path]:
+    """Requests at the leaves of a tree with so many nodes a level, of so many tokens each. What a
+    leaf has is its request's own."""
+    requests = nodes[-1]
+    return [
+        (
+            [
+                ((level, i * count // requests), length)
+                for level, (count, length) in enumerate(zip(nodes, tokens, strict=True))
+                if count < requests
+            ],
+            tokens[-1],
+        )
+        for i in range(requests)
+    ]
 
 
 def ragged_groups(seed: int = 0) -> Groups:

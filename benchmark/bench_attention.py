@@ -91,7 +91,7 @@ def measure_rule(members: int, prefix: int) -> dict[str, object]:
     inputs = make_inputs(uniform(512 // members, members, prefix, 250))
     row: dict[str, object] = {"members": members, "prefix": prefix}
     for name, least in (("shared", 1), ("not shared", 1 << 30)):
-        once, attention = make_ours(inputs, least)
+        once, attention = make_ours(inputs, min_saved_tokens=least)
         once()
         row[name] = step_ms(once, attention, inputs)
     return row

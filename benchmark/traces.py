@@ -12,7 +12,7 @@ from typing import Any
 KINDS = {
     "attention": (
         *("flash::", "attention", "attn"),  # fa3; norms are "flashinfer::norm"
-        *("fused_decode_kernel", "merge_kernel", "_plan_kernel", "_emit_kernel"),  # ours
+        *("fused_decode_kernel", "merge_kernel", "plan_kernel", "_emit_kernel"),  # ours
     ),
     "matrices": ("nvjet", "gemm", "splitkreduce"),
 }

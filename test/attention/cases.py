@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 import triton
 
 from sglang_batchllm.attention.fused import FusedDecode, KernelConfig
+from sglang_batchllm.attention.groups import GroupTable
 from sglang_batchllm.attention.reference import reference_decode
 from sglang_batchllm.attention.worklist import WorkList, WorkListConfig
+
+Path = tuple[list[tuple[Hashable, int]], int]
 
 TINY_CONFIG = KernelConfig(16, 16, 1, 32, 16, 1, 4, 1)
 
@@ -26,6 +31,7 @@ class Batch:
     seq_lens: torch.Tensor
     group_id: torch.Tensor
     prefix_len: torch.Tensor
+    levels: int
     slots_used: int
 
     @property
@@ -57,47 +63,63 @@ def make_batch(
     page_size: int = 1,
     padding: int = 0,
 ) -> Batch:
-    """groups: (prefix tokens, suffix tokens of each member); ``padding`` rows of one token follow.
+    """groups: (prefix tokens, suffix tokens of each member); a group of prefix 0 is no group."""
+    paths: list[Path] = []
+    for number, (prefix, suffixes) in enumerate(groups):
+        shared = [(number, prefix)] if prefix else []
+        paths += [(shared, suffix) for suffix in suffixes]
+    return make_tree_batch(
+        paths, num_kv_heads, ratio, head_dim, dtype, kv_dtype, device, seed, page_size, padding
+    )
 
-    Requests are in random order, and slots too, in whole pages. A group of prefix 0 is no group.
+
+def make_tree_batch(
+    paths: list[Path],
+    num_kv_heads: int = 2,
+    ratio: int = 2,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    page_size: int = 1,
+    padding: int = 0,
+) -> Batch:
+    """paths: of each request, the nodes that it shares, outermost first, as name and tokens, and
+    its own tokens; ``padding`` rows of one token follow.
+
+    Requests are in random order, and slots too, in whole pages.
     """
     gen = torch.Generator().manual_seed(seed)
-    members = sum(len(suffixes) for _, suffixes in groups)
+    members = len(paths)
     num_rows = members + 3
-    context = max((prefix + max(suffixes) for prefix, suffixes in groups), default=1) + 2
-    span = [0]
-
-    def pages(tokens: int) -> range:
-        first = span[0]
-        span[0] += -(-tokens // page_size) * page_size
-        return range(first, first + tokens)
-
-    layout = [(pages(prefix), [pages(n) for n in suffixes]) for prefix, suffixes in groups]
-    num_pages = span[0] // page_size
+    context = max((sum(n for _, n in nodes) + own for nodes, own in paths), default=1) + 2
+    tokens_of = {node: tokens for nodes, _ in paths for node, tokens in nodes}
+    sizes = list(tokens_of.values()) + [own for _, own in paths]
+    pages = [-(-tokens // page_size) for tokens in sizes]
+    num_pages = sum(pages)
     order = (torch.randperm(num_pages, generator=gen) + 1)[:, None] * page_size
-    slots = (order + torch.arange(page_size)).flatten().int()
+    slots = (order + torch.arange(page_size)).int().split(pages)
+    stretches = [part.flatten()[:tokens] for part, tokens in zip(slots, sizes, strict=True)]
+    node_slots = dict(zip(tokens_of, stretches, strict=False))
 
     req_to_token = torch.full((num_rows, context), 2**30, dtype=torch.int32)
     req_to_token[0, :] = 0
-    group_id = torch.zeros(num_rows, dtype=torch.int32)
-    prefix_len = torch.zeros(num_rows, dtype=torch.int32)
+    table = GroupTable(num_rows, "cpu")
     rows = torch.randperm(num_rows - 1, generator=gen)[:members] + 1
     seq_lens = torch.zeros(members, dtype=torch.int64)
-    used = []
-    i = 0
-    for number, (prefix, suffixes) in enumerate(layout, start=1):
-        shared = slots[prefix.start : prefix.stop]
-        used.append(shared)
-        for suffix in suffixes:
-            row = rows[i]
-            own = slots[suffix.start : suffix.stop]
-            used.append(own)
-            req_to_token[row, : len(prefix)] = shared
-            req_to_token[row, len(prefix) : len(prefix) + len(own)] = own
-            if len(prefix):
-                group_id[row], prefix_len[row] = number, len(prefix)
-            seq_lens[i] = len(prefix) + len(own)
-            i += 1
+    numbers = {node: number for number, node in enumerate(tokens_of, start=1)}
+    shared_paths: list[list[tuple[int, int]]] = []
+    for i, ((nodes, own), mine) in enumerate(zip(paths, stretches[len(tokens_of) :], strict=True)):
+        ends = list(itertools.accumulate(tokens for _, tokens in nodes))
+        path = [*(node_slots[node] for node, _ in nodes), mine]
+        req_to_token[rows[i], : sum(map(len, path))] = torch.cat(path)
+        seq_lens[i] = sum(tokens for _, tokens in nodes) + own
+        shared_paths.append(
+            [(numbers[node], end) for (node, _), end in zip(nodes, ends, strict=True)]
+        )
+    table.assign(rows.tolist(), shared_paths)
+    used = stretches
     shuffled = torch.randperm(members, generator=gen)
     rows = torch.cat([rows[shuffled], torch.zeros(padding, dtype=rows.dtype)])
     seq_lens = torch.cat([seq_lens[shuffled], torch.ones(padding, dtype=seq_lens.dtype)])
@@ -119,8 +141,9 @@ def make_batch(
         req_to_token.to(device),
         rows.to(device),
         seq_lens.to(device),
-        group_id.to(device),
-        prefix_len.to(device),
+        table.group_id.to(device),
+        table.prefix_len.to(device),
+        table.levels,
         int(index.numel()),
     )
 
@@ -131,6 +154,8 @@ def make_fused(
     num_programs: int = 3,
     min_saved_tokens: int = 1,
     max_batch: int | None = None,
+    part_tokens: int = 0,
+    wide_tokens: int = 12,
 ) -> FusedDecode:
     num_heads, head_dim = batch.q.shape[1:]
     num_kv_heads = batch.k_cache.shape[1]
@@ -142,6 +167,8 @@ def make_fused(
             max(config.block_m_large // lanes, 1),
             num_programs,
             min_saved_tokens,
+            part_tokens,
+            wide_tokens,
         ),
         max_batch or batch.q.shape[0],
         batch.req_to_token.shape[0],
@@ -158,7 +185,12 @@ def run(fused: FusedDecode, batch: Batch, **kwargs: object) -> torch.Tensor:
     fused.parts.fill_(torch.nan)
     fused.part_lse.fill_(torch.nan)
     fused.work.build(
-        batch.rows, batch.seq_lens, batch.group_id, batch.prefix_len, batch.req_to_token
+        batch.rows,
+        batch.seq_lens,
+        batch.group_id,
+        batch.prefix_len,
+        batch.req_to_token,
+        batch.levels,
     )
     out = torch.full_like(batch.q, torch.nan)
     fused(

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import torch
 
-from cases import make_batch, make_fused, relative_error, run
+from cases import Path, make_fused, make_tree_batch, relative_error, run
 from sglang_batchllm.attention.fused import choose_config
 
 if __name__ == "__main__":
-    groups = [(130, [1, 7, 30, 2, 65, 3]), (0, [300]), (33, [9, 4]), (70, [3] * 20)]
-    batch = make_batch(groups, 2, 4, 128, torch.bfloat16, device="cuda", padding=2)
+    paths: list[Path] = [
+        ([("a", 130), (i // 5, 70), (9 + i // 2, 33)], 1 + 3 * i) for i in range(30)
+    ]
+    paths += [([], 300), ([("a", 130)], 5), ([("b", 33)], 9), ([("b", 33)], 4)]
+    batch = make_tree_batch(paths, 2, 4, 128, torch.bfloat16, device="cuda", padding=2)
     fused = make_fused(batch, choose_config(torch.bfloat16, 128, 4), num_programs=8)
     error = relative_error(run(fused, batch), batch.reference())
     torch.cuda.synchronize()

@@ -112,8 +112,9 @@ def make(batch: Batch, layers: list[RadixAttention], **flags: Any) -> Any:
 def make_from(runner: Any, batch: Batch) -> Any:
     table = get_group_table(runner.req_to_token_pool)
     assert table is not None
-    rows = range(len(batch.group_id))
-    table.assign(list(rows), batch.group_id, batch.prefix_len)
+    columns = zip(batch.group_id.T.tolist(), batch.prefix_len.T.tolist(), strict=True)
+    paths = [[node for node in zip(ids, ends, strict=True) if node[0] > 0] for ids, ends in columns]
+    table.assign(list(range(len(paths))), paths)
     return create_batchllm_backend(runner)
 
 

@@ -12,27 +12,29 @@ class Pool:
 
 def test_rows_join_and_leave_groups() -> None:
     table = GroupTable(8, "cpu")
-    table.assign([3, 5, 1], [10**9, 10**9, 7], [4, 4, 9])
-    ids = table.group_id.tolist()
+    table.assign([3, 5, 1], [[(10**9, 4)], [(10**9, 4), (3, 6)], [(7, 9)]])
+    ids = table.group_id[0].tolist()
     assert ids[3] == ids[5] != ids[1]
-    assert min(ids[3], ids[1]) > 0 and max(ids) <= 8
-    assert table.prefix_len.tolist() == [0, 9, 0, 4, 0, 4, 0, 0]
-    table.assign([3, 1], [0, 0], [0, 0])
-    assert table.group_id.tolist() == [0, 0, 0, 0, 0, ids[5], 0, 0]
-    assert table.prefix_len.tolist() == [0, 0, 0, 0, 0, 4, 0, 0]
+    assert min(ids[3], ids[1]) > 0 and table.group_id.max() <= 8
+    assert table.prefix_len[:2].tolist() == [[0, 9, 0, 4, 0, 4, 0, 0], [0, 0, 0, 0, 0, 6, 0, 0]]
+    assert table.levels == 2
+    table.assign([3, 1], [[], []])
+    assert table.group_id[0].tolist() == [0, 0, 0, 0, 0, ids[5], 0, 0]
+    assert table.prefix_len[0].tolist() == [0, 0, 0, 0, 0, 4, 0, 0]
+    table.assign([5], [[(3, 2)]])
+    assert table.levels == 1 and table.group_id[1:].sum() == 0 == table.prefix_len[1:].sum()
 
 
 def test_ids_are_recycled_and_rows_move() -> None:
     table = GroupTable(2, "cpu")
     for group in range(1, 50):
-        table.assign(torch.tensor([0, 1]), torch.tensor([group, -1]), torch.tensor([3, 3]))
-        assert table.group_id.tolist() == [1, 0]
-    table.assign([0, 1], [5, 6], [2, 0])
-    assert table.prefix_len.tolist() == [2, 0]
-    table.assign([], [], [])
-    table.assign([0], [0], [2])
-    assert table.group_id.tolist() == [0, 0]
-    assert table.prefix_len.tolist() == [0, 0]
+        table.assign([0, 1], [[(group, 3)], []])
+        assert table.group_id[0].tolist() == [1, 0]
+    table.assign([0, 1], [[(5, 2)], []])
+    assert table.prefix_len[0].tolist() == [2, 0]
+    table.assign([], [])
+    table.assign([0], [[]])
+    assert table.group_id.sum() == 0 == table.prefix_len.sum()
 
 
 def test_one_table_per_pool() -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cases import Batch, make_batch, make_fused, relative_error, run
+from cases import (
+    Batch,
+    Path,
+    make_batch,
+    make_fused,
+    make_tree_batch,
+    relative_error,
+    run,
+)
+from sglang_batchllm.attention.groups import LEVELS
 
 RAGGED = [(70, [1, 7, 30, 2, 65]), (0, [90]), (33, [9]), (16, [3, 3]), (0, [1, 33])]
 
@@ -30,8 +41,68 @@ def test_random_ragged_batches(
     assert relative_error(run(make_fused(batch), batch), batch.reference()) < 1e-5
 
 
+@st.composite
+def trees(draw: st.DrawFn) -> list[Path]:
+    """Requests in a random tree of up to 8 levels: each goes down from the one before it."""
+    paths: list[Path] = []
+    path: list[tuple[int, int]] = []
+    for _ in range(draw(st.integers(1, 24))):
+        path = path[: draw(st.integers(0, len(path)))]
+        for _ in range(draw(st.integers(0, LEVELS - len(path)))):
+            path.append((draw(st.integers(10**6, 10**9)), draw(st.sampled_from([1, 15, 17, 40]))))
+        paths.append((list(path), draw(st.integers(1, 30))))
+    return paths
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(paths=trees(), saved=st.sampled_from([1, 60]), seed=st.integers(0, 99))
+def test_random_trees(paths: list[Path], saved: int, seed: int) -> None:
+    batch = make_tree_batch(paths, seed=seed, padding=seed % 3)
+    fused = make_fused(batch, min_saved_tokens=saved, part_tokens=seed % 4)
+    assert relative_error(run(fused, batch), batch.reference()) < 1e-5
+    # Some leave: what is left is read as its own members need it.
+    stay = torch.randperm(len(batch.rows))[: max(len(batch.rows) // 2, 1)]
+    rest = replace(batch, q=batch.q[stay], rows=batch.rows[stay], seq_lens=batch.seq_lens[stay])
+    assert relative_error(run(fused, rest), rest.reference()) < 1e-5
+
+
+def test_levels_are_read_where_that_saves_reads() -> None:
+    paths: list[Path] = [([("root", 300), (i // 4, 100)], 20) for i in range(32)]
+    batch = make_tree_batch(paths, num_kv_heads=1, ratio=4)  # a tile of 8 members, or of 4
+    fused = make_fused(batch, wide_tokens=0)
+    assert relative_error(run(fused, batch), batch.reference()) < 1e-5
+    work = fused.work
+    items = work.items[: int(work.header[0])]
+    # The root by tiles of 8, for the 8 tiles below it; each of those once; and 32 suffixes.
+    assert items[items[:, 0] != 0][:, 3].sum() == 4 * 300 + 8 * 100
+    assert items[items[:, 0] == 0][:, 3].sum() == 32 * 20
+    assert work.part_count[:32].tolist() == [3] * 32
+    # Where the root saves too little for its parts it is read with what is below it.
+    fused = make_fused(batch, wide_tokens=0, part_tokens=40)
+    fused.work.slot_capacity, fused.work.slots = 4000, torch.zeros(4000, dtype=torch.int32)
+    assert relative_error(run(fused, batch), batch.reference()) < 1e-5
+    items = fused.work.items[: int(fused.work.header[0])]
+    assert items[items[:, 0] != 0][:, 3].sum() == 8 * 400
+
+
+def test_members_beyond_what_the_list_holds_read_less_together() -> None:
+    paths: list[Path] = [
+        ([("a", 40), ("b", 40), ("c", 40), (i // 16 - 2, 40), (i // 8, 40)], 5) for i in range(32)
+    ]
+    paths += [([("a", 40), ("b", 40)], 5)] * 9 + [([("a", 40)], 5)] * 9
+    batch = make_tree_batch(paths, num_kv_heads=1, ratio=1)
+    for members in (0, 33, 60, 150):
+        fused = make_fused(batch)
+        fused.work.member_capacity = members
+        assert relative_error(run(fused, batch), batch.reference()) < 1e-5
+        items = fused.work.items[: int(fused.work.header[0])]
+        shared = items[(items[:, 0] == 1) | (items[:, 0] == 2)]
+        assert bool(len(shared)) == (members > 40)
+        assert (shared[:, 4] + shared[:, 5]).max() <= members if len(shared) else True
+
+
 @pytest.mark.parametrize(
-    ("num_kv_heads", "ratio", "head_dim"), [(2, 1, 16), (1, 3, 80), (1, 7, 16)]
+    ("num_kv_heads", "ratio", "head_dim"), [(2, 1, 16), (1, 3, 80), (1, 7, 16), (8, 4, 16)]
 )
 def test_head_shapes(num_kv_heads: int, ratio: int, head_dim: int) -> None:
     batch = make_batch(RAGGED[:3], num_kv_heads, ratio, head_dim)
@@ -135,7 +206,7 @@ def test_the_list_covers_every_token_once() -> None:
     work = fused.work
     covered = torch.zeros(len(batch.rows), dtype=torch.long)
     for kind, _, _, tokens, first, members, _, _ in work.items[: int(work.header[0])].tolist():
-        who = [first] if kind == 0 else work.members[first : first + members].tolist()
+        who = [first] if kind in (0, 3) else work.members[first : first + members].tolist()
         covered[who] += tokens
     assert torch.equal(covered, batch.seq_lens)
     parts = [

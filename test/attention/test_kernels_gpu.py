@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cases import Batch, make_batch, make_fused, relative_error, run
+from cases import Batch, Path, make_batch, make_fused, make_tree_batch, relative_error, run
 from sglang_batchllm.attention.fused import FusedDecode, choose_config
 
 pytestmark = pytest.mark.gpu
@@ -123,6 +125,22 @@ def test_graph_serves_any_groups() -> None:
         graph.replay()
         batch.seq_lens = seq_lens
         assert relative_error(out, batch.reference()) < 1e-2
+
+
+def test_trees() -> None:
+    paths: list[Path] = [
+        ([("system", 600), (i // 40, 300), (100 + i // 10, 70), (1000 + i // 2, 200)], 1 + i % 200)
+        for i in range(300)
+    ]
+    paths += [([("system", 600)], 90)] * 9 + [([], 700)] * 3
+    batch = make_tree_batch(paths, 8, 4, 128, torch.bfloat16, device="cuda", padding=3)
+    fused = fused_for(batch)
+    for stay in (312, 150, 40, 7):
+        rest = replace(
+            batch, q=batch.q[:stay], rows=batch.rows[:stay], seq_lens=batch.seq_lens[:stay]
+        )
+        assert relative_error(run(fused, rest), rest.reference()) < 1e-2
+    assert int(fused.work.header[0]) > 0
 
 
 def test_repeated_runs_agree() -> None:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from cases import make_batch, relative_error
+from cases import Path, make_batch, make_tree_batch, relative_error
 from sglang_batchllm.attention.reference import shared_decode
 
 
 def test_sharing_changes_nothing() -> None:
-    batch = make_batch([(70, [1, 7, 30]), (0, [90]), (33, [9]), (5, [3] * 40)], padding=2)
+    paths: list[Path] = [([("a", 70), (i // 3, 4), (i // 2 + 9, 5)], 1 + i) for i in range(12)]
+    paths += [([], 90), ([("b", 33)], 9)] + [([("c", 5)], 3)] * 40
+    batch = make_tree_batch(paths, padding=2)
     for softcap, sinks in ((0.0, None), (2.0, torch.randn(4))):
         out = shared_decode(
             batch.q,

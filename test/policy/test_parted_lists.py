@@ -114,15 +114,16 @@ def test_a_first_part_that_takes_much_of_the_memory_waits_for_the_list():
 
 
 def test_running_requests_say_that_their_group_is_another():
+    shared = list(range(1, 201))
     engine = EngineModel(10**6, Policy(), pool=TokenPool)
-    first = [make_request(str(i), [1, 2, i], 9) for i in range(3)]
+    first = [make_request(str(i), [*shared, i], 9) for i in range(3)]
     engine.submit_list(first, part=Part("list", last=False))
     for _ in range(3):
         engine.step()
-    before = {engine.policy.attention_group(request, 3) for request in first}
-    engine.submit_list([make_request("x", [1, 2, 8], 9)], part=Part("list", last=True))
+    before = {tuple(engine.policy.shared_path(request, 200)) for request in first}
+    engine.submit_list([make_request("x", [*shared, 8], 9)], part=Part("list", last=True))
     decision = engine.policy.choose(engine._view())
     assert {id(request) for request in decision.regrouped} == {id(request) for request in first}
-    after = {engine.policy.attention_group(request, 3) for request in first}
-    assert len(before) == len(after) == 1
+    after = {tuple(engine.policy.shared_path(request, 200)) for request in first}
+    assert len(before) == len(after) == 1 and () not in before | after
     assert before != after

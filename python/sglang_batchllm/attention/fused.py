@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,9 @@ class FusedDecode:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        # KV heads that fill a small query tile, and among whose keys a step of it divides evenly.
+        room = config.block_m_small // next_power_of_2(num_heads // num_kv_heads)
+        self.wide_heads = math.gcd(num_kv_heads, next_power_of_2(room), config.block_n_small)
         self.parts = torch.empty(
             (work.part_capacity, num_heads, head_dim), dtype=dtype, device=device
         )
@@ -144,6 +148,7 @@ class FusedDecode:
             SINKS=sinks is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             THREADS=32 * config.num_warps,
+            WIDE_HEADS=self.wide_heads,
             num_warps=config.num_warps,  # pyright: ignore[reportCallIssue]
             maxnreg=config.max_registers,  # pyright: ignore[reportCallIssue]
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_batchllm.attention.worklist import KIND_SMALL, KIND_SUFFIX
+from sglang_batchllm.attention.items import KIND_SMALL, KIND_SUFFIX, KIND_WIDE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -35,18 +35,27 @@ def _attend(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    RATIO_P2: tl.constexpr,
 ):
     """Attention of a query tile over the tokens of one slot list, with a running (base 2) softmax.
 
-    q: [BLOCK_M, BLOCK_D]; k_ptr, v_ptr: the KV head's first element at slot 0. Returns the
-    accumulator [BLOCK_M, BLOCK_D] and the row maximum and sum [BLOCK_M], fp32.
+    q: [BLOCK_M, BLOCK_D]; k_ptr, v_ptr: the first KV head's first element at slot 0. With several
+    KV heads, RATIO_P2 rows of the tile are of each, and BLOCK_N / KV_HEADS tokens are taken at a
+    time, of which each row sees its own head's: what tensor cores compute in vain were else rows
+    of nobody. Returns the accumulator [BLOCK_M, BLOCK_D] and the row maximum and sum [BLOCK_M],
+    fp32.
     """
-    offs_n = tl.arange(0, BLOCK_N)
+    TOKENS: tl.constexpr = BLOCK_N // KV_HEADS
+    offs_n = tl.arange(0, BLOCK_N) // KV_HEADS
     offs_d = tl.arange(0, BLOCK_D)
+    if KV_HEADS > 1:
+        kv_head = tl.arange(0, BLOCK_N) % KV_HEADS
+        own = (tl.arange(0, BLOCK_M) // RATIO_P2)[:, None] == kv_head[None, :]
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in tl.range(0, num_tokens, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(0, num_tokens, TOKENS, num_stages=STAGES):
         position = start + offs_n
         valid = position < num_tokens
         # Past the end nothing is read (MASKED, for ragged suffixes), or the last token once more.
@@ -57,6 +66,9 @@ def _attend(
         row = slot.to(tl.int64)[:, None]
         k_at = k_ptr + row * stride_k + offs_d[None, :]
         v_at = v_ptr + row * stride_v + offs_d[None, :]
+        if KV_HEADS > 1:
+            k_at += kv_head[:, None] * HEAD_DIM
+            v_at += kv_head[:, None] * HEAD_DIM
         if MASKED or HEAD_DIM != BLOCK_D:
             mask = valid[:, None] & (offs_d[None, :] < HEAD_DIM)
             k = tl.load(k_at, mask=mask, other=0.0)
@@ -69,7 +81,10 @@ def _attend(
             # softcap * tanh(x / softcap), with qk_scale and softcap both carrying log2(e).
             e = tl.exp2(logits * (qk_scale * (2.0 * LOG2_E) / softcap_log2))
             logits = (softcap_log2 / qk_scale) * (1.0 - 2.0 / (e + 1.0))
-        logits = tl.where(valid[None, :], logits, -float("inf"))
+        seen = valid[None, :]
+        if KV_HEADS > 1:
+            seen = seen & own
+        logits = tl.where(seen, logits, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(logits, 1) * qk_scale)
         p = tl.exp2(logits * qk_scale - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
@@ -177,15 +192,18 @@ def _run_item(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
     SUFFIX: tl.constexpr,
+    KV_HEADS: tl.constexpr,
 ):
-    """One work item for one KV head; rows of the tile are (member, query head of the KV head)."""
+    """One work item for one KV head; rows of the tile are (member, query head of the KV head), or
+    (KV head, query head of it) for several."""
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * RATIO
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     in_group = offs_m % RATIO_P2
     head = kv_head * RATIO + in_group
     if SUFFIX:
-        valid = offs_m < RATIO
+        head += offs_m // RATIO_P2 * RATIO
+        valid = (offs_m < RATIO_P2 * KV_HEADS) & (in_group < RATIO)
         row_request = tl.zeros([BLOCK_M], tl.int32) + request
         row_part = tl.zeros([BLOCK_M], tl.int32) + part
     else:
@@ -199,7 +217,7 @@ def _run_item(
     acc, row_max, row_sum = _attend(  # pyright: ignore[reportGeneralTypeIssues]
         q, k_ptr + kv_head * HEAD_DIM, v_ptr + kv_head * HEAD_DIM, slot_ptr, num_tokens, stride_k,
         stride_v, qk_scale, softcap_log2, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, SOFTCAP,
-        PRECISION, MASKED,
+        PRECISION, MASKED, KV_HEADS, RATIO_P2,
     )  # fmt: skip
     lse = row_max + tl.log2(row_sum)
     result = acc * (1.0 / tl.where(row_sum > 0.0, row_sum, 1.0))[:, None]
@@ -226,9 +244,24 @@ def _run_item(
 
 
 @triton.jit
-def _load_item(item_ptr, ticket, total, NUM_KV_HEADS: tl.constexpr):
-    """The fields of a ticket's item (worklist.py), zeros past the end."""
-    item = item_ptr + ticket // NUM_KV_HEADS * 8
+def _load_item(
+    item_ptr,
+    ticket,
+    narrow,
+    total,
+    NUM_KV_HEADS: tl.constexpr,
+    WIDE_HEADS: tl.constexpr,
+):
+    """The KV head, the first of several, and the fields of a ticket's item (items.py); zeros past
+    the end. narrow: tickets before those of wide items."""
+    WIDE_TICKETS: tl.constexpr = NUM_KV_HEADS // WIDE_HEADS
+    past = ticket - narrow
+    index = ticket // NUM_KV_HEADS
+    kv_head = ticket % NUM_KV_HEADS
+    if past >= 0:
+        index = narrow // NUM_KV_HEADS + past // WIDE_TICKETS
+        kv_head = past % WIDE_TICKETS * WIDE_HEADS
+    item = item_ptr + index * 8
     some = ticket < total
     kind = tl.load(item, mask=some, other=0)
     row = tl.load(item + 1, mask=some, other=0)
@@ -237,7 +270,7 @@ def _load_item(item_ptr, ticket, total, NUM_KV_HEADS: tl.constexpr):
     first = tl.load(item + 4, mask=some, other=0)
     members = tl.load(item + 5, mask=some, other=0)
     part = tl.load(item + 6, mask=some, other=0)
-    return kind, row, start, tokens, first, members, part
+    return kv_head, kind, row, start, tokens, first, members, part
 
 
 @triton.jit
@@ -292,6 +325,7 @@ def fused_decode_kernel(
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     THREADS: tl.constexpr,
+    WIDE_HEADS: tl.constexpr,
 ):
     """Persistent programs run (item, KV head) tickets, the heads of an item next to each other.
 
@@ -301,27 +335,35 @@ def fused_decode_kernel(
     whoever has it rewinds the counter.
     """
     programs = tl.num_programs(0)
-    total = tl.load(header_ptr) * NUM_KV_HEADS
+    narrow = tl.load(header_ptr + 4) * NUM_KV_HEADS
+    total = narrow + (tl.load(header_ptr) - tl.load(header_ptr + 4)) * (NUM_KV_HEADS // WIDE_HEADS)
     ticket = tl.program_id(0)
     draw = _draw(queue_ptr, THREADS)
-    kind, row, start, tokens, first, members, part = _load_item(
-        item_ptr, ticket, total, NUM_KV_HEADS
+    kv_head, kind, row, start, tokens, first, members, part = _load_item(
+        item_ptr, ticket, narrow, total, NUM_KV_HEADS, WIDE_HEADS
     )
     while ticket < total:
-        kv_head = ticket % NUM_KV_HEADS
         next_ticket = programs + _drawn(draw, THREADS)
-        kind_, row_, start_, tokens_, first_, members_, part_ = _load_item(
-            item_ptr, next_ticket, total, NUM_KV_HEADS
+        kv_head_, kind_, row_, start_, tokens_, first_, members_, part_ = _load_item(
+            item_ptr, next_ticket, narrow, total, NUM_KV_HEADS, WIDE_HEADS
         )
         draw = _draw(queue_ptr, THREADS)
+        own_slot_ptr = req_to_token_ptr + row.to(tl.int64) * req_to_token_stride + start
         if kind == KIND_SUFFIX:
-            slot_ptr = req_to_token_ptr + row.to(tl.int64) * req_to_token_stride + start
             _run_item(
-                q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, slot_ptr, member_ptr,
-                part_base_ptr, tokens, first, members, part, kv_head, stride_q, stride_k,
-                stride_v, stride_out, qk_scale, softcap_log2, v_scale, NUM_KV_HEADS, RATIO,
-                RATIO_P2, HEAD_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D, STAGES_SMALL, SOFTCAP,
-                SINKS, PRECISION, True, True,
+                q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, own_slot_ptr,
+                member_ptr, part_base_ptr, tokens, first, members, part, kv_head, stride_q,
+                stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale, NUM_KV_HEADS,
+                RATIO, RATIO_P2, HEAD_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D, STAGES_SMALL,
+                SOFTCAP, SINKS, PRECISION, True, True, 1,
+            )  # fmt: skip
+        elif kind == KIND_WIDE:
+            _run_item(
+                q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, own_slot_ptr,
+                member_ptr, part_base_ptr, tokens, first, members, part, kv_head, stride_q,
+                stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale, NUM_KV_HEADS,
+                RATIO, RATIO_P2, HEAD_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D, STAGES_SMALL,
+                SOFTCAP, SINKS, PRECISION, True, True, WIDE_HEADS,
             )  # fmt: skip
         elif kind == KIND_SMALL:
             _run_item(
@@ -329,7 +371,7 @@ def fused_decode_kernel(
                 member_ptr + first, part_base_ptr, tokens, first, members, part, kv_head,
                 stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale,
                 NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D,
-                STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, False,
+                STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, False, 1,
             )  # fmt: skip
         else:
             _run_item(
@@ -337,10 +379,10 @@ def fused_decode_kernel(
                 member_ptr + first, part_base_ptr, tokens, first, members, part, kv_head,
                 stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale,
                 NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, BLOCK_M_LARGE, BLOCK_N_LARGE, BLOCK_D,
-                STAGES_LARGE, SOFTCAP, SINKS, PRECISION, False, False,
+                STAGES_LARGE, SOFTCAP, SINKS, PRECISION, False, False, 1,
             )  # fmt: skip
         ticket = next_ticket
-        kind, row, start, tokens = kind_, row_, start_, tokens_
+        kv_head, kind, row, start, tokens = kv_head_, kind_, row_, start_, tokens_
         first, members, part = first_, members_, part_
     if _drawn(draw, THREADS) == total + programs - 1:
         tl.store(queue_ptr, 0)

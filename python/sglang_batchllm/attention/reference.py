@@ -59,35 +59,42 @@ def shared_decode(
     sinks: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The same, computed as the fused kernel does: a group's prefix once for all its members.
+    """The same, computed as the fused kernel does: a node's tokens once for all its members.
 
-    group_id, prefix_len: int32 [rows], as in ``GroupTable``; the other arguments and the result are
-    those of ``reference_decode``.
+    group_id, prefix_len: int32 [levels, rows], as in ``GroupTable``; the other arguments and the
+    result are those of ``reference_decode``.
     """
     batch, num_heads, _ = q.shape
-    out = torch.zeros((batch, num_heads, v_cache.shape[2]), dtype=dtype, device=q.device)
     row_list, length_list = rows.tolist(), seq_lens.tolist()
-    groups: dict[int, list[int]] = {}
-    for i, (row, length) in enumerate(zip(row_list, length_list, strict=True)):
-        group, prefix = int(group_id[row]), int(prefix_len[row])
-        shares = group > 0 and 0 < prefix < length
-        groups.setdefault(group if shares else -1 - i, []).append(i)
-    for group, members in groups.items():
-        prefix = int(prefix_len[row_list[members[0]]]) if group > 0 else 0
-        queries = q[members].to(dtype)
-        slots = req_to_token[row_list[members[0]], :prefix].long()
-        shared, shared_lse = _attend(queries, k_cache[slots], v_cache[slots], scale, softcap)
+    queries = q.to(dtype)
+    done = [0] * batch
+    parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(batch)]
+
+    def read(members: list[int], end: int) -> None:
+        start = done[members[0]]
+        slots = req_to_token[row_list[members[0]], start:end].long()
+        out, lse = _attend(queries[members], k_cache[slots], v_cache[slots], scale, softcap)
         for j, i in enumerate(members):
-            if length_list[i] <= 0:
-                continue
-            slots = req_to_token[row_list[i], prefix : length_list[i]].long()
-            own, own_lse = _attend(
-                queries[j : j + 1], k_cache[slots], v_cache[slots], scale, softcap
-            )
-            lse = torch.stack([shared_lse[j], own_lse[0]])
-            denominator = lse if sinks is None else torch.cat([lse, sinks.to(dtype)[None]])
-            weights = torch.exp(lse - torch.logsumexp(denominator, 0))
-            out[i] = shared[j] * weights[0, :, None] + own[0] * weights[1, :, None]
+            parts[i].append((out[j], lse[j]))
+            done[i] = end
+
+    for ids, ends in zip(group_id.tolist(), prefix_len.tolist(), strict=True):
+        nodes: dict[int, list[int]] = {}
+        for i, (row, length) in enumerate(zip(row_list, length_list, strict=True)):
+            if ids[row] > 0 and done[i] < ends[row] < length:
+                nodes.setdefault(ids[row], []).append(i)
+        for members in nodes.values():
+            read(members, ends[row_list[members[0]]])
+    out = torch.zeros((batch, num_heads, v_cache.shape[2]), dtype=dtype, device=q.device)
+    for i, length in enumerate(length_list):
+        if length <= 0:
+            continue
+        read([i], length)
+        values = torch.stack([value for value, _ in parts[i]])
+        lse = torch.stack([lse for _, lse in parts[i]])
+        denominator = lse if sinks is None else torch.cat([lse, sinks.to(dtype)[None]])
+        weights = torch.exp(lse - torch.logsumexp(denominator, 0))
+        out[i] = (values * weights[:, :, None]).sum(0)
     return out
 
 

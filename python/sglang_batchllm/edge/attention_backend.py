@@ -67,8 +67,8 @@ class BatchLLMAttnBackend(AttentionBackend):
     second one would take a workspace, and be planned, for nothing.
 
     The groups come from the ``GroupTable`` of the runner's request pool. The work list is built
-    once a step, outside the captured graph, into buffers that the graph reads; which groups share
-    is decided there on the device (``MIN_SAVED_TOKENS``), so a captured graph serves any mix.
+    once a step, outside the captured graph, into buffers that the graph reads; what is shared
+    is decided there on the device (`levels.py`), so a captured graph serves any mix.
     Requests without a group run through the same launch at the native kernel's speed.
     """
 
@@ -177,7 +177,10 @@ class BatchLLMAttnBackend(AttentionBackend):
             self._build_list(fused.work, rows, seq_lens)
 
     def _build_list(self, work: WorkList, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        work.build(rows, seq_lens, self.table.group_id, self.table.prefix_len, self.req_to_token)
+        table = self.table
+        work.build(
+            rows, seq_lens, table.group_id, table.prefix_len, self.req_to_token, table.levels
+        )
 
     # -- attention -----------------------------------------------------------------------------
 
@@ -348,7 +351,8 @@ class BatchLLMAttnBackend(AttentionBackend):
             ),
             max_batch=max(max_batch, self.num_rows),
             num_rows=self.num_rows,
-            slot_capacity=int(full_attention_pool(self.token_to_kv_pool).size),
+            # A node that is not read together is copied once for each that is below it.
+            slot_capacity=2 * int(full_attention_pool(self.token_to_kv_pool).size),
             device=self.device,
         )
         # Larger batches than are captured: compiled now, for a second or two, and not in the first

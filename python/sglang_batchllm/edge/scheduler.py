@@ -274,15 +274,13 @@ class BatchLLMScheduler(seam.QueueingScheduler):
     def _enter_groups(self, table: GroupTable, reqs: list[Req]) -> None:
         """Tell attention who shares slots. Every row is written when the request that holds it is
         prefilled, and so before it decodes; rows of finished requests need no clearing."""
-        rows, ids, lengths = [], [], []
+        rows, paths = [], []
         for req in reqs:
             row = seam.row_of(req)
             if row is not None:
-                group, length = self._policy.attention_group(req, seam.tree_tokens(req))
                 rows.append(row)
-                ids.append(group)
-                lengths.append(length)
-        table.assign(rows, ids, lengths)
+                paths.append(self._policy.shared_path(req, seam.tree_tokens(req)))
+        table.assign(rows, paths)
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         unfinished = [index for index, req in enumerate(batch.reqs) if not req.finished()]

@@ -18,6 +18,7 @@ from sglang_batchllm.policy.admission.outputs import (
     hinted_output,
     most_output,
 )
+from sglang_batchllm.policy.paths import SharedPaths
 from sglang_batchllm.policy.pins import ROOT, PinnedTree
 from sglang_batchllm.policy.requests import Request, Turn
 from sglang_batchllm.policy.rows import Ask, Lead, RowMemory
@@ -32,7 +33,6 @@ LONG = 4
 a geometric length decodes more in 2% of cases."""
 
 _NUMBERS = itertools.count(1)
-_GROUP_IDS = itertools.count(1)
 
 
 @dataclass(slots=True, eq=False)
@@ -180,11 +180,9 @@ class Batch:
         )
 
         group_of = self.plan.group_of
-        self._group_of: list[int] = group_of.tolist()
-        self._group_prefix_lens: list[int] = self.plan.groups.prefix_len.tolist()
-        self._group_ids: dict[tuple[int, int], int] = {}
+        self.paths = SharedPaths(self.plan, self.pins)
         (own_row,) = lengths.take(parent_row)
-        group_rows = lengths.take(int(own_row), len(self._group_prefix_lens))
+        group_rows = lengths.take(int(own_row), len(self.plan.groups.size))
         self._taken_rows = np.append(group_rows, own_row)
         # The requests of no group tell of each other by the batch's own row (index -1).
         self.length_row, self.length_rows = int(own_row), self._taken_rows[group_of]
@@ -326,23 +324,6 @@ class Batch:
         index = self.plan.order[self.waiting.places()]
         most = np.minimum(self.max_output[index], MAX_EXPECTED_OUTPUT)
         return expected_steps(self.hints[index], 0, most, shown)
-
-    def attention_group(self, member: Member, shared: int) -> tuple[int, int]:
-        """An id for the member's group among all running ones, and the group's prefix tokens;
-        (0, 0) for none.
-
-        shared: leading prompt tokens whose KV slots the member has in common with the cache. It
-        can be less than the group's prefix, as for a request that computed its prompt's last
-        token itself although others share it.
-        """
-        group = self._group_of[member.index]
-        if group < 0 or shared < self._group_prefix_lens[group]:
-            return 0, 0
-        # A prefix that was given up and computed again has new slots, so its group is another.
-        key = (group, self.pins.times_relaxed)
-        if key not in self._group_ids:
-            self._group_ids[key] = next(_GROUP_IDS)
-        return self._group_ids[key], self._group_prefix_lens[group]
 
     def stop(self, member: Member, was_running: bool) -> None:
         """The request gave its KV back, and has not ended: it was retracted."""

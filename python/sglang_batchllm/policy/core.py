@@ -21,6 +21,7 @@ from sglang_batchllm.policy.batch import Batch, Member, forget, member_of, note
 from sglang_batchllm.policy.intake import Intake
 from sglang_batchllm.policy.ledger import Ledger
 from sglang_batchllm.policy.parts import Part, PartedList, Parts, is_present
+from sglang_batchllm.policy.paths import SharedPath
 from sglang_batchllm.policy.pins import ROOT
 from sglang_batchllm.policy.requests import End, Request
 from sglang_batchllm.policy.rows import Ask, RowMemory, Rows
@@ -423,12 +424,12 @@ class BatchPolicy:
 
     # What others ask
 
-    def attention_group(self, request: Request, shared: int) -> tuple[int, int]:
-        """See `Batch.attention_group`."""
+    def shared_path(self, request: Request, shared: int) -> SharedPath:
+        """See `SharedPaths.of`."""
         member = member_of(request)
         if member is None or member.batch is None:
-            return 0, 0
-        return member.batch.attention_group(member, shared)
+            return []
+        return member.batch.paths.of(member.home, shared)
 
     def rest(self) -> None:
         """There is nothing to run."""

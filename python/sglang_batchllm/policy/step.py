@@ -57,7 +57,7 @@ class View:
 class Decision:
     """requests: to prefill, in this order. mixed: those that decode may do so in the same step.
     full: nothing is to be added until a request has ended. regrouped: requests that run, and whose
-    `attention_group` is another than before."""
+    `shared_path` is another than before."""
 
     requests: list[Any] = field(default_factory=list)  # of the engine's own class
     regrouped: list[Any] = field(default_factory=list)
