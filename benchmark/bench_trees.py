@@ -85,9 +85,9 @@ def main() -> None:
         row["fa3"] = step_ms(None, fa3, inputs)
         row["ratio"] = row["fa3"] / row["ours"]
         if options.tune:
-            for parts in (0, 8, 32, 64):
+            for parts in (4, 8, 32):
                 row[f"part_tokens {parts}"], _ = ours_ms(inputs, part_tokens=parts)
-            for wide in (0, 32, 64, 160, 320):
+            for wide in (64, 256, 320):
                 row[f"wide_tokens {wide}"], _ = ours_ms(inputs, wide_tokens=wide)
         rows[name] = row
         print(

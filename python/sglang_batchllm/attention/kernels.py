@@ -14,6 +14,8 @@ import triton.language as tl
 from sglang_batchllm.attention.items import KIND_SMALL, KIND_SUFFIX, KIND_WIDE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MIXED_EIGHTHS = tl.constexpr(6)
+"""Eighths of the suffix items among which the prefix items are spread."""
 
 
 @triton.jit
@@ -247,20 +249,30 @@ def _run_item(
 def _load_item(
     item_ptr,
     ticket,
+    shared,
     narrow,
     total,
     NUM_KV_HEADS: tl.constexpr,
     WIDE_HEADS: tl.constexpr,
 ):
     """The KV head, the first of several, and the fields of a ticket's item (items.py); zeros past
-    the end. narrow: tickets before those of wide items."""
+    the end. shared: tickets of prefix items; narrow: those before the wide items'.
+
+    Prefix items, which wait for the L2 and for tensor cores, are spread over suffix items, which
+    wait for memory; the last suffix items fill the gaps at the end.
+    """
     WIDE_TICKETS: tl.constexpr = NUM_KV_HEADS // WIDE_HEADS
-    past = ticket - narrow
-    index = ticket // NUM_KV_HEADS
-    kv_head = ticket % NUM_KV_HEADS
-    if past >= 0:
-        index = narrow // NUM_KV_HEADS + past // WIDE_TICKETS
-        kv_head = past % WIDE_TICKETS * WIDE_HEADS
+    mixed = shared + (total - shared) * MIXED_EIGHTHS // 8
+    before = (ticket.to(tl.int64) * shared // tl.maximum(mixed, 1)).to(tl.int32)
+    after = ((ticket + 1).to(tl.int64) * shared // tl.maximum(mixed, 1)).to(tl.int32)
+    before = tl.where(ticket < mixed, before, shared)
+    is_shared = (ticket < mixed) & (after > before)
+    place = tl.where(is_shared, before, shared + ticket - before)
+    index = place // NUM_KV_HEADS
+    kv_head = place % NUM_KV_HEADS
+    if place >= narrow:
+        index = narrow // NUM_KV_HEADS + (place - narrow) // WIDE_TICKETS
+        kv_head = (place - narrow) % WIDE_TICKETS * WIDE_HEADS
     item = item_ptr + index * 8
     some = ticket < total
     kind = tl.load(item, mask=some, other=0)
@@ -335,17 +347,18 @@ def fused_decode_kernel(
     whoever has it rewinds the counter.
     """
     programs = tl.num_programs(0)
+    shared = tl.load(header_ptr + 3) * NUM_KV_HEADS
     narrow = tl.load(header_ptr + 4) * NUM_KV_HEADS
     total = narrow + (tl.load(header_ptr) - tl.load(header_ptr + 4)) * (NUM_KV_HEADS // WIDE_HEADS)
     ticket = tl.program_id(0)
     draw = _draw(queue_ptr, THREADS)
     kv_head, kind, row, start, tokens, first, members, part = _load_item(
-        item_ptr, ticket, narrow, total, NUM_KV_HEADS, WIDE_HEADS
+        item_ptr, ticket, shared, narrow, total, NUM_KV_HEADS, WIDE_HEADS
     )
     while ticket < total:
         next_ticket = programs + _drawn(draw, THREADS)
         kv_head_, kind_, row_, start_, tokens_, first_, members_, part_ = _load_item(
-            item_ptr, next_ticket, narrow, total, NUM_KV_HEADS, WIDE_HEADS
+            item_ptr, next_ticket, shared, narrow, total, NUM_KV_HEADS, WIDE_HEADS
         )
         draw = _draw(queue_ptr, THREADS)
         own_slot_ptr = req_to_token_ptr + row.to(tl.int64) * req_to_token_stride + start

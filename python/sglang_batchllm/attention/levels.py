@@ -5,10 +5,12 @@ node that is *read together* is read once per tile of its members, from the end 
 above that is; the tokens of one that is not fall to what is below it, and in the end to the
 requests' own suffixes. All members of a node have the same nodes above it, and so the same parts.
 
-Chosen from the leaves up: what lies below a node would read its tokens once per *reader*, a tile
-of a node that was chosen or a request by itself. Reading them together saves (readers - tiles) *
-tokens reads and costs each member one part more to merge. (FastTree, MLSys'25, chooses by a cost
-model on the host; here the choice follows the members that still run, step by step.)
+What lies below a node would read its tokens once per *reader*, a tile of a node that was chosen or
+a request by itself. Reading them together saves (readers - tiles) * tokens reads and costs each
+member one part more to merge. From the leaves up the nodes are found that save reads; from the root
+down those are left out whose tokens, which are now known, do not pay for the parts. (FastTree,
+MLSys'25, chooses by a cost model on the host; here the choice follows the members that still run,
+step by step.)
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ GROUP_FIELDS = tl.constexpr(8)
 
 0: members. 1: readers; then tiles, 0 where it is not read together. 2: tokens that it adds to the
 node above; then those that are read. 3: position of the first of them. 4: the first one's place in
-the slots. 5: first entry in ``members``. 6: first item. 7: parts before it.
+the slots. 5: first entry in ``members``. 6: readers saved; then first item. 7: parts before it.
 """
 REQUEST_FIELDS = tl.constexpr(5)
 """int32 fields of a request.
@@ -116,15 +118,16 @@ def plan_kernel(
         lanes = tl.where(members <= LANES_SMALL, LANES_SMALL, LANES_LARGE)
         tiles = (members + lanes - 1) // lanes
         saved = (below - tiles).to(tl.int64) * length
-        together = (members > 1) & (saved >= min_saved_tokens + part_tokens * members)
+        together = (members > 1) & (saved >= min_saved_tokens)
         tl.debug_barrier()
         tl.store(node_ptr + BLOCK_G + g, tl.where(together, tiles, 0))
+        tl.store(node_ptr + 6 * BLOCK_G + g, below - tiles)
         tl.debug_barrier()
         tiles_of = tl.load(node_ptr + BLOCK_G + group, mask=inside, other=0, volatile=True)
         readers = tl.where(tiles_of > 0, tl.where(rank == 0, tiles_of, 0), readers)
 
-    # From the root down: where each one's tokens begin. One whose slots or members do not fit is
-    # left to those below it.
+    # From the root down: where each one's tokens begin. Those of one that does not pay, or whose
+    # slots or members do not fit, are left to those below it.
     shared = tl.zeros([BLOCK_B], tl.int32)
     slots_used = tl.zeros([], tl.int64)
     members_used = tl.zeros([], tl.int32)
@@ -142,10 +145,13 @@ def plan_kernel(
         members = tl.load(node_ptr + g, volatile=True)
         tiles = tl.load(node_ptr + BLOCK_G + g, volatile=True)
         length = tl.load(node_ptr + 2 * BLOCK_G + g, mask=tiles > 0, other=0, volatile=True)
-        members = tl.where(tiles > 0, members, 0)
+        saved = tl.load(node_ptr + 6 * BLOCK_G + g, volatile=True).to(tl.int64) * length
+        pays = (tiles > 0) & (saved >= min_saved_tokens + part_tokens * members)
+        members = tl.where(pays, members, 0)
+        length = tl.where(pays, length, 0)
         slot_end = slots_used + tl.cumsum(length.to(tl.int64), 0)
         member_end = members_used + tl.cumsum(members, 0)
-        fits = (tiles > 0) & (slot_end <= slot_capacity) & (member_end <= member_capacity)
+        fits = pays & (slot_end <= slot_capacity) & (member_end <= member_capacity)
         slots_used = tl.maximum(slots_used, tl.max(slot_end))
         members_used = tl.maximum(members_used, tl.max(member_end))
         tiles = tl.where(fits, tiles, 0)
