@@ -51,7 +51,8 @@ class Case:
     """requests in groups of `sharing_degree` that share `prefix` tokens, each with `suffix` of
     its own and `output` tokens to decode; kv_tokens: the KV pool, None for all the memory.
     longest_output: if set, outputs are geometric with mean `output`, cut at this length. twin: the
-    case whose very prompts and lengths these are, but here nobody knows the lengths before."""
+    case whose very prompts and lengths these are, but here nobody knows the lengths before. system:
+    tokens that come before all, shared by all."""
 
     name: str
     requests: int
@@ -62,6 +63,7 @@ class Case:
     kv_tokens: int | None = None
     longest_output: int | None = None
     twin: str | None = None
+    system: int = 0
 
     @property
     def limit(self) -> int | None:
@@ -69,13 +71,15 @@ class Case:
 
     @property
     def distinct_tokens(self) -> int:
-        return self.requests // self.sharing_degree * self.prefix + self.requests * self.suffix
+        groups = self.requests // self.sharing_degree
+        return self.system + groups * self.prefix + self.requests * self.suffix
 
     def prompts(self, vocab_size: int, seed: int = 0) -> list[list[int]]:
         rng = random.Random(f"{self.twin or self.name}-{seed}")
         prompts = []
+        system = rng.choices(range(vocab_size), k=self.system)
         for _ in range(self.requests // self.sharing_degree):
-            prefix = rng.choices(range(vocab_size), k=self.prefix)
+            prefix = system + rng.choices(range(vocab_size), k=self.prefix)
             for _ in range(self.sharing_degree):
                 prompts.append(prefix + rng.choices(range(vocab_size), k=self.suffix))
         rng.shuffle(prompts)
@@ -98,6 +102,7 @@ CASES = {
         Case("M4", 400, 1, 0, 1000, 200),
         Case("M5", 800, 4, 2000, 200, 100, kv_tokens=120_000),
         Case("M6", 800, 16, 2000, 200, 100, kv_tokens=120_000),
+        Case("tree", 640, 16, 1000, 120, 150, system=3000),
         Case("classify", 4000, 500, 1500, 40, 4),
         Case("classify-1", 4000, 500, 1500, 40, 1),
         Case("label", 20_000, 100, 50, 10, 1),

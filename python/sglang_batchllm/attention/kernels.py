@@ -3,7 +3,8 @@
 One launch runs all work items of a step (``worklist.py``), prefix and suffix alike, from a queue
 that starts with the prefix items; a second, small one merges the parts of each request by
 log-sum-exp. (Merging in the first launch, by the last item of a request to finish, was slower:
-the release it needs makes every item wait for its own stores.)
+the release it needs makes every item wait for its own stores. Prefix items spread among suffix
+items were much slower: the tiles of a node find its KV in the L2 when they run together.)
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import triton.language as tl
 from sglang_batchllm.attention.items import KIND_SMALL, KIND_SUFFIX, KIND_WIDE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-MIXED_EIGHTHS = tl.constexpr(6)
-"""Eighths of the suffix items among which the prefix items are spread."""
 
 
 @triton.jit
@@ -249,30 +248,19 @@ def _run_item(
 def _load_item(
     item_ptr,
     ticket,
-    shared,
     narrow,
     total,
     NUM_KV_HEADS: tl.constexpr,
     WIDE_HEADS: tl.constexpr,
 ):
     """The KV head, the first of several, and the fields of a ticket's item (items.py); zeros past
-    the end. shared: tickets of prefix items; narrow: those before the wide items'.
-
-    Prefix items, which wait for the L2 and for tensor cores, are spread over suffix items, which
-    wait for memory; the last suffix items fill the gaps at the end.
-    """
+    the end. narrow: tickets before those of wide items."""
     WIDE_TICKETS: tl.constexpr = NUM_KV_HEADS // WIDE_HEADS
-    mixed = shared + (total - shared) * MIXED_EIGHTHS // 8
-    before = (ticket.to(tl.int64) * shared // tl.maximum(mixed, 1)).to(tl.int32)
-    after = ((ticket + 1).to(tl.int64) * shared // tl.maximum(mixed, 1)).to(tl.int32)
-    before = tl.where(ticket < mixed, before, shared)
-    is_shared = (ticket < mixed) & (after > before)
-    place = tl.where(is_shared, before, shared + ticket - before)
-    index = place // NUM_KV_HEADS
-    kv_head = place % NUM_KV_HEADS
-    if place >= narrow:
-        index = narrow // NUM_KV_HEADS + (place - narrow) // WIDE_TICKETS
-        kv_head = (place - narrow) % WIDE_TICKETS * WIDE_HEADS
+    index = ticket // NUM_KV_HEADS
+    kv_head = ticket % NUM_KV_HEADS
+    if ticket >= narrow:
+        index = narrow // NUM_KV_HEADS + (ticket - narrow) // WIDE_TICKETS
+        kv_head = (ticket - narrow) % WIDE_TICKETS * WIDE_HEADS
     item = item_ptr + index * 8
     some = ticket < total
     kind = tl.load(item, mask=some, other=0)
@@ -347,18 +335,17 @@ def fused_decode_kernel(
     whoever has it rewinds the counter.
     """
     programs = tl.num_programs(0)
-    shared = tl.load(header_ptr + 3) * NUM_KV_HEADS
     narrow = tl.load(header_ptr + 4) * NUM_KV_HEADS
     total = narrow + (tl.load(header_ptr) - tl.load(header_ptr + 4)) * (NUM_KV_HEADS // WIDE_HEADS)
     ticket = tl.program_id(0)
     draw = _draw(queue_ptr, THREADS)
     kv_head, kind, row, start, tokens, first, members, part = _load_item(
-        item_ptr, ticket, shared, narrow, total, NUM_KV_HEADS, WIDE_HEADS
+        item_ptr, ticket, narrow, total, NUM_KV_HEADS, WIDE_HEADS
     )
     while ticket < total:
         next_ticket = programs + _drawn(draw, THREADS)
         kv_head_, kind_, row_, start_, tokens_, first_, members_, part_ = _load_item(
-            item_ptr, next_ticket, shared, narrow, total, NUM_KV_HEADS, WIDE_HEADS
+            item_ptr, next_ticket, narrow, total, NUM_KV_HEADS, WIDE_HEADS
         )
         draw = _draw(queue_ptr, THREADS)
         own_slot_ptr = req_to_token_ptr + row.to(tl.int64) * req_to_token_stride + start
