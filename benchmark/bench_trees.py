@@ -85,12 +85,10 @@ def main() -> None:
         row["fa3"] = step_ms(None, fa3, inputs)
         row["ratio"] = row["fa3"] / row["ours"]
         if options.tune:
-            for waves in (1, 3):
-                row[f"waves {waves}"], _ = ours_ms(inputs, prefix_waves=waves)
+            for parts in (4, 8, 32):
+                row[f"part_tokens {parts}"], _ = ours_ms(inputs, part_tokens=parts)
             for wide in (96, 160, 320):
-                row[f"wide {wide}"], _ = ours_ms(inputs, wide_tokens=wide)
-            for wide in (96, 320):
-                row[f"3, wide {wide}"], _ = ours_ms(inputs, wide_tokens=wide, prefix_waves=3)
+                row[f"wide_tokens {wide}"], _ = ours_ms(inputs, wide_tokens=wide)
         rows[name] = row
         print(
             f"{name:30}", " ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True

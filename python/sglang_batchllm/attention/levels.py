@@ -74,7 +74,6 @@ def plan_kernel(
     min_saved_tokens,
     part_tokens,
     wide_tokens,
-    prefix_waves,
     LANES_SMALL: tl.constexpr,
     LANES_LARGE: tl.constexpr,
     STRIDE_B: tl.constexpr,
@@ -169,7 +168,7 @@ def plan_kernel(
     suffix_work = tl.sum(suffix.to(tl.int64))
     work = prefix_work + suffix_work
     # Long prefix items are fine where suffix items fill the gaps behind them.
-    prefix_target = tl.where(10 * suffix_work < 3 * work, 3 * wave_items, prefix_waves * wave_items)
+    prefix_target = tl.where(10 * suffix_work < 3 * work, 3 * wave_items, wave_items)
     prefix_split = tl.maximum((work + prefix_target - 1) // prefix_target, MIN_SPLIT)
     prefix_split = ((prefix_split + 63) // 64 * 64).to(tl.int32)
     suffix_split = tl.maximum((work + suffix_target - 1) // suffix_target, MIN_SPLIT)

@@ -34,9 +34,8 @@ from sglang_batchllm.attention.items import (
 from sglang_batchllm.attention.levels import GROUP_FIELDS, REQUEST_FIELDS, plan_kernel
 
 SUFFIX_WAVES = 8
-"""Suffix items per program wanted, by which long suffixes are split."""
-PREFIX_WAVES = 2
-"""Prefix items per program wanted, or three where little suffix work can fill gaps."""
+"""Suffix items per program wanted, by which long suffixes are split. (Of prefix items one, or
+three where little suffix work can fill gaps.)"""
 MIN_SAVED_TOKENS = 240
 """Fewest saved token reads for which a node is read together."""
 PART_TOKENS = 16
@@ -160,7 +159,6 @@ class WorkListConfig:
     min_saved_tokens: int = MIN_SAVED_TOKENS
     part_tokens: int = PART_TOKENS
     wide_tokens: int = WIDE_TOKENS
-    prefix_waves: int = PREFIX_WAVES
 
 
 class WorkList:
@@ -261,7 +259,6 @@ class WorkList:
             config.min_saved_tokens,
             config.part_tokens,
             config.wide_tokens,
-            config.prefix_waves,
             BLOCK_B=block_b,
             num_warps=16,  # pyright: ignore[reportCallIssue]
             **tiles,
