@@ -18,10 +18,12 @@ from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.adder import ForecastPrefillAdder
 from sglang_batchllm.edge.args import BatchLLMServerArgs, resolved
 from sglang_batchllm.edge.cache import PinnedGroups
+from sglang_batchllm.edge.garbage import Garbage
 from sglang_batchllm.edge.last_layer import sample_rows_in_last_layer
 from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
 from sglang_batchllm.edge.names import ATTENTION_BACKEND
 from sglang_batchllm.edge.packing import PackedList, unpacked
+from sglang_batchllm.edge.part_line import PartLine
 from sglang_batchllm.edge.queue_index import QueueIndex, without
 from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
 from sglang_batchllm.policy.core import BatchPolicy
@@ -96,6 +98,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._held_back: list[Req] | None = None
         self._receiving_list = False
         self._part: Part | None = None  # that is received
+        self._part_line = PartLine()
+        self._garbage = Garbage()
         self._turns: dict[str, Turn] = {}  # of requests that are announced and have yet to come
         self._seen_forward_ct = 0
         self._snapshot_time = 0.0
@@ -113,6 +117,13 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             ]
         )
 
+    def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        ordered = self._part_line.order(recv_reqs, self._policy.serves_others)
+        super().process_input_requests(ordered)
+
+    def is_fully_idle(self, *args: Any, **options: Any) -> bool:
+        return not self._part_line and super().is_fully_idle(*args, **options)
+
     def name_turns(self, recv_req: NameTurns) -> None:
         for rid, (kind, program) in recv_req.turns.items():
             self._turns[rid] = Turn(kind, recv_req.batch, program, recv_req.yields)  # type: ignore[arg-type]
@@ -123,7 +134,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
     def packed_list_arrived(self, recv_req: PackedList) -> None:
         self._part = recv_req.part
         try:
-            self.handle_batch_generate_request(unpacked(recv_req))
+            with self._garbage.made_for_long():
+                self.handle_batch_generate_request(unpacked(recv_req))
         finally:
             self._part = None
 
@@ -183,7 +195,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         waiting = [req for req in map(self._index.get, rids) if req is not None]
         with self._only_waiting(waiting):
             for req in waiting:
-                self.refuse_waiting(req)
+                self.refuse_waiting(req, answer=req.rid in recv_req.awaited)
             self.waiting_queue = []
             for rid in rids.difference(req.rid for req in waiting):
                 super().abort_request(AbortReq(rid=rid))
@@ -323,6 +335,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
     def on_idle(self) -> None:
         super().on_idle()
         self._policy.rest()
+        if self.is_fully_idle():
+            self._garbage.sweep_if_due()
 
     def _agree(self, decision: T) -> T:
         """The decision of the first rank; clocks differ between ranks, batches must not."""

@@ -430,6 +430,18 @@ class BatchPolicy:
             return 0, 0
         return member.batch.attention_group(member, shared)
 
+    def serves_others(self) -> bool:
+        """Whether anything runs or waits but lists that come in parts, and those that yield."""
+        batches = [member.batch for member in self._running.members]
+        return (
+            self._intake.gathering
+            or self._intake.waits_in("single")
+            or any(
+                batch is None or not (batch.opening or batch.yields)
+                for batch in batches + self._intake.batches_waiting()
+            )
+        )
+
     def rest(self) -> None:
         """There is nothing to run."""
         self._ledger.rest()
