@@ -29,6 +29,7 @@ from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
 from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.policy.requests import Turn
+from sglang_batchllm.policy.scored import was_scored
 from sglang_batchllm.policy.step import Arrival, Decision, Limits, View
 from sglang_batchllm.server.handover import SLICE
 
@@ -239,7 +240,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         idle = plan.running_batch.is_empty() and self.chunked_req is None
         for req in reqs:
             self._index.discard(req)
-        self._scored_step = ScoredStep.of(batch, self._policy) if batch is not None else None
+        self._scored_step = ScoredStep.of(batch) if batch is not None else None
         self._policy.launched([(req, seam.computed(req)) for req in reqs], idle)
         if self._group_table is not None and reqs:
             self._enter_groups(self._group_table, reqs)
@@ -322,7 +323,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         step.deliver(result)
         super().process_batch_result(batch, result)
         for req in step.scored():
-            self._policy.was_scored(req)
+            was_scored(req)
 
     def publish_load_snapshot(self, force: bool = False) -> Any:
         """With every prefill step SGLang walks all that wait."""
