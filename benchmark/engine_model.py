@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from cost_model import Work
 from kv_model import KVPool, Request, make_request
 from sglang_batchllm.policy.batch import Member, member_of
-from sglang_batchllm.policy.core import BatchPolicy, prefix_limit
+from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.policy.requests import Turn
 from sglang_batchllm.policy.rows import Ask
+from sglang_batchllm.policy.scored import prefix_limit
 from sglang_batchllm.policy.step import Arrival, Limits, View
 
 MAX_PREFILL_TOKENS = 16384

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from cases import (
@@ -23,6 +23,9 @@ from sglang_batchllm.attention.groups import LEVELS
 
 RAGGED = [(70, [1, 7, 30, 2, 65]), (0, [90]), (33, [9]), (16, [3, 3]), (0, [1, 33])]
 
+# An example takes up to two seconds in the interpreter, so a failure is printed as it was drawn.
+WITHOUT_SHRINKING = [phase for phase in Phase if phase is not Phase.shrink]
+
 groups_strategy = st.lists(
     st.tuples(
         st.sampled_from([0, 1, 15, 16, 17, 40, 100]),
@@ -33,7 +36,7 @@ groups_strategy = st.lists(
 )
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, phases=WITHOUT_SHRINKING)
 @given(groups=groups_strategy, padding=st.sampled_from([0, 3]), seed=st.integers(0, 99))
 def test_random_ragged_batches(
     groups: list[tuple[int, list[int]]], padding: int, seed: int

@@ -13,7 +13,7 @@ from sglang.lang.ir import SglSamplingParams
 
 import programs
 from pretended import PretendedEngine
-from sglang_batchllm.client import traces
+from sglang_batchllm.client import room, run_batch, traces
 from sglang_batchllm.client.traces import Traces
 from sglang_batchllm.client.tracing import Trace, trace_program
 
@@ -123,6 +123,54 @@ def test_arguments_that_are_none_are_an_error_of_their_program():
     with pytest.raises(AttributeError, match="NoneType"):
         sgl.function(program).run_batch(rows, backend=engine.backend())
     assert len(finished) == 39
+
+
+def fork(s: Any, number: int) -> None:
+    s += f"{number} "
+    branches = s.fork(2)
+    for branch in branches:
+        branch += sgl.gen("a", max_tokens=2)
+    s += branches[0]["a"] + sgl.gen("b", max_tokens=2)
+
+
+def test_a_batch_is_handed_over_in_parts_that_a_server_takes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(room, "MAX_REQUESTS", 41)
+    engine = PretendedEngine()
+    rows = [{"number": i} for i in range(100)]
+    states = sgl.function(fork).run_batch(rows, backend=engine.backend())
+    assert [sorted({*part}) for part in engine.handed_over] == [
+        [*range(start, start + 20)] for start in range(0, 100, 20)
+    ]
+    assert [state["b"] for state in states] == [f"<{i} <{i} >>" for i in range(100)]
+
+
+def test_what_a_server_never_takes_runs_as_it_comes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(room, "MAX_REQUESTS", 1)
+    engine = PretendedEngine()
+    rows = [{"number": i} for i in range(5)]
+    states = sgl.function(fork).run_batch(rows, backend=engine.backend())
+    assert "no room for 2 requests" in caplog.text
+    assert [state["b"] for state in states] == [f"<{i} <{i} >>" for i in range(5)]
+
+
+def test_a_part_goes_once_there_is_room_for_it(monkeypatch: pytest.MonkeyPatch):
+    """The first ones of many go ahead, and the next beside them."""
+    monkeypatch.setattr(room, "MAX_REQUESTS", 10)
+    monkeypatch.setattr(run_batch, "WHOLE", 8)
+    monkeypatch.setattr(run_batch, "FIRST_PART", 4)
+    engine = PretendedEngine()
+
+    def program(s: Any, number: int) -> None:
+        s += f"{number}" + sgl.gen("a", max_tokens=2)
+
+    rows = [{"number": i} for i in range(30)]
+    states = sgl.function(program).run_batch(rows, backend=engine.backend())
+    assert [one for part in engine.handed_over for one in part] == [*range(30)]
+    assert engine.handed_over[0] == [*range(4)]
+    assert max(map(len, engine.handed_over)) <= 10
+    assert [state["a"] for state in states] == [f"<{i}>" for i in range(30)]
 
 
 class Stop(BaseException):

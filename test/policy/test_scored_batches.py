@@ -12,6 +12,7 @@ from engine_model import EngineModel, Policy
 from kv_model import Request, make_request
 from sglang_batchllm.policy.batch import member_of
 from sglang_batchllm.policy.rows import Ask, RowLists, RowMemory, Rows
+from sglang_batchllm.policy.scored import rows_to_leave, rows_to_read, was_scored
 from test_steps import assert_whole, computed, prompt_lists, run_disturbed, seeds
 
 IDS = (3, 8, 5)
@@ -42,11 +43,9 @@ class ScoringEngine(EngineModel):
         self.policy.launched = self._launch  # type: ignore[method-assign]
 
     def _launch(self, prefilled: Sequence[tuple[Request, int]], idle: bool) -> None:
-        leave = [
-            (request, begin, self.policy.rows_to_leave(request)) for request, begin in prefilled
-        ]
+        leave = [(request, begin, rows_to_leave(request)) for request, begin in prefilled]
         reads = [
-            (request, begin, member.ask, self.policy.rows_to_read(request))
+            (request, begin, member.ask, rows_to_read(request))
             for request, begin in prefilled
             if (member := member_of(request)) is not None and member.slot < 0 and member.ask
         ]
@@ -63,7 +62,7 @@ class ScoringEngine(EngineModel):
                 assert found == wanted, name
         for request, _ in prefilled:
             if request.computed == request.tokens:
-                self.policy.was_scored(request)
+                was_scored(request)
 
     def _fill(self, request: Request, start: int, ask: Ask, kept: list[Rows]) -> None:
         """As a pass does that computes more than is asked, in another order."""

@@ -59,7 +59,8 @@ class Channel:
             yield from read_answers(response.iter_lines(CHUNK_BYTES))
 
     def end_programs(self, batch: str, programs: dict[int, bool]) -> None:
-        """These programs of a hand-over send no more requests; raises as `hand_over` does.
+        """These programs of a hand-over send no more requests; raises as `hand_over` does. One that
+        is not open any more holds nothing for them.
 
         programs: whether each of them sent more than it handed over.
         """
@@ -69,7 +70,7 @@ class Channel:
         else:
             body = orjson.dumps(programs, option=orjson.OPT_NON_STR_KEYS)
             with self._naming_the_server():
-                self._post(f"{batch}/ended", body, "application/json").close()
+                self._post(f"{batch}/ended", body, "application/json", (200, 404)).close()
 
     @contextmanager
     def _naming_the_server(self) -> Iterator[None]:
@@ -80,8 +81,14 @@ class Channel:
                 f"{self.endpoint.base_url} is gone, or was silent for {SILENT_SECONDS} s: {error}"
             ) from error
 
-    def _post(self, path: str, data: bytes | Iterator[bytes], kind: str) -> requests.Response:
-        """kind: the media type of `data`."""
+    def _post(
+        self,
+        path: str,
+        data: bytes | Iterator[bytes],
+        kind: str,
+        expected: tuple[int, ...] = (200,),
+    ) -> requests.Response:
+        """kind: the media type of `data`. expected: statuses; RuntimeError for another one."""
         headers = {"Content-Type": kind}
         if self.endpoint.api_key is not None:
             headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
@@ -93,7 +100,7 @@ class Channel:
             timeout=(CONNECT_SECONDS, SILENT_SECONDS),
             verify=self.endpoint.verify or True,
         )
-        if response.status_code != 200:
+        if response.status_code not in expected:
             with response:
                 raise RuntimeError(response.text)
         return response

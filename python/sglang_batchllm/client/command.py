@@ -102,7 +102,7 @@ def plan(**options: Any) -> None:
     multiple=True,
     required=True,
     type=click.Path(path_type=Path),
-    help="The file of requests that was cut.",
+    help="The file of requests that was cut, or the table.",
 )
 @click.argument("outputs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(

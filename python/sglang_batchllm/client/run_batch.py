@@ -20,6 +20,7 @@ from sglang_batchllm.client.direct import run_directly
 from sglang_batchllm.client.exchange import listening
 from sglang_batchllm.client.progress import show_progress
 from sglang_batchllm.client.replay import Replay, Strays, strays
+from sglang_batchllm.client.room import HandedOver, Room
 from sglang_batchllm.client.traces import Traces
 from sglang_batchllm.client.tracing import Trace, trace_program
 from sglang_batchllm.wire.lines import Reply, request_line
@@ -129,6 +130,7 @@ class _Batch:
         self._telling = threading.Lock()
         self._untold = False
         self._changed = threading.Condition()
+        self._room = Room()
         self._unfinished = len(arguments)
         self._results: list[ProgramState | BaseException | None] = [None] * len(arguments)
         self._bar = show_progress(len(arguments)) if progress_bar else None
@@ -158,28 +160,29 @@ class _Batch:
             if self._bar is not None:
                 self._bar.close()
 
-    def _parts(self) -> Iterator[range]:
-        """The programs to hand over together."""
+    def _parts(self) -> list[range]:
+        """The programs to hand over together, as far as there is room for them."""
         number = len(self._arguments)
         first = number if number <= WHOLE else FIRST_PART
-        yield range(first)
-        if first < number:
-            yield range(first, number)
+        return [part for part in (range(first), range(first, number)) if part]
 
     # In feeder threads
 
-    def _feed(self, parts: Iterator[range]) -> None:
-        """Hand the next of `parts` over; a thread of its own does the same for the one after it,
-        once the server has this one."""
-        part = next(parts, None)
-        if part is None:
+    def _feed(self, parts: list[range]) -> None:
+        """Hand the first of `parts` over; a thread of its own does the same for the next, once the
+        server has this one. If there is no room for all of it, the rest follows when it has
+        ended."""
+        if not parts:
             return
-        others = threading.Thread(target=self._feed, args=(parts,), daemon=True)
+        part = HandedOver(parts[0], self._room)
+        others: threading.Thread | None = None
         sent: list[tuple[_Start, int] | None] = []  # program and place in its trace
         batch = new_batch_id()
         try:
             with (
-                closing(iter(Traces(self._trace, part, self._pool, self._num_threads))) as traces,
+                closing(
+                    iter(Traces(self._trace, part.programs, self._pool, self._num_threads))
+                ) as traces,
                 closing(
                     self._channel.hand_over(batch, self._lines(traces, batch, part, sent))
                 ) as answers,
@@ -189,20 +192,23 @@ class _Batch:
                         break
                     if answer is not None:
                         self._deliver(sent, *answer)
-                    elif others.ident is None:
+                    elif others is None and not part.left:
+                        others = threading.Thread(target=self._feed, args=(parts[1:],), daemon=True)
                         others.start()
                 else:
-                    if not all(self._started[part.start : part.stop]):
+                    if not all(self._started[index] for index in part.programs):
                         raise ConnectionError("the server ended a hand-over without all answers")
         except Exception as error:
             if not self._leaves:
                 logger.warning("The rest of the batch runs as it comes: %r", error)
-        for index in part:
+        part.end()
+        for index in part.programs:
             if not self._started[index]:
                 self._start(index, None)
-        if others.ident is None:
-            others.start()
-        others.join()
+        if others is not None:
+            others.join()
+        else:
+            self._feed([part.left, *parts[1:]] if part.left else parts[1:])
 
     @property
     def _leaves(self) -> bool:
@@ -218,11 +224,11 @@ class _Batch:
         self,
         traces: Iterator[tuple[int, Trace]],
         batch: str,
-        part: range,
+        part: HandedOver,
         sent: list[tuple[_Start, int] | None],
     ) -> Iterator[bytes]:
         """The body of a hand-over."""
-        keep = part.stop < len(self._arguments)  # others will use the KV of this part
+        keep = part.programs.stop < len(self._arguments)  # others will use the KV of this part
         for index, trace in traces:
             if self._leaves:
                 raise InterruptedError("run_batch was left")
@@ -230,10 +236,14 @@ class _Batch:
                 self._start(index, None)
                 continue
             start = _Start(index, trace, batch, keep or trace.more)
-            for place, body in enumerate(trace.requests):
-                sent.append((start, place))
-                yield request_line(index, body, start.more)
+            lines = [request_line(index, body, start.more) for body in trace.requests]
             trace.requests.clear()  # they are large
+            if not part.take(index, lines):
+                if not part.left:
+                    raise ValueError(f"there is no room for {len(lines):,} requests at once")
+                return
+            sent += [(start, place) for place in range(len(lines))]
+            yield from lines
 
     def _deliver(self, sent: list[tuple[_Start, int] | None], request: int, reply: Reply) -> None:
         entry, sent[request] = sent[request], None

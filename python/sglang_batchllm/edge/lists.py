@@ -25,7 +25,7 @@ from sglang_batchllm.edge.packing import end_of_list, packed
 from sglang_batchllm.edge.parting import Sent, comes_in_parts, opening_of
 from sglang_batchllm.edge.samples import SampledLists, nothing
 from sglang_batchllm.policy.parts import Part
-from sglang_batchllm.server.handover import SLICE, TEXT_SLICE
+from sglang_batchllm.server.handover import SLICE, TEXT_SLICE, let_others_in
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import ReqState
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 else:
     seam = seams.load("front")
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 """How often the connection of a client that waits for a list is looked at."""
 
 
@@ -97,7 +97,7 @@ class ListIntake(SampledLists):
         for part in _slices([obj[index] for index in range(batch_size)]):
             tokenized += await self._tokenized(part)
             if len(tokenized) < batch_size:  # what is ready leaves at once
-                await asyncio.sleep(0)
+                await let_others_in()
         return tokenized
 
     async def _tokenized(self, part: Sequence[Any]) -> list[Any]:
@@ -124,9 +124,9 @@ class ListIntake(SampledLists):
                 sent += tokenized
                 self._parts[rids[0]] = Part(name, last=len(sent) == batch_size)
                 await self.send_list(tokenized)
-                await asyncio.sleep(0)
+                await let_others_in()
         except BaseException:
-            self._dispatch_to_scheduler(AbortList(rids=[*states]))
+            self._dispatch_to_scheduler(AbortList(rids=[*states], awaited=set()))
             self._dispatch_to_scheduler(end_of_list(name))
             raise
         self.all_sent(states.values())
@@ -256,7 +256,9 @@ class ListIntake(SampledLists):
         if len(aborts) == 1:
             super()._dispatch_to_scheduler(aborts[0])
         elif aborts:
-            super()._dispatch_to_scheduler(AbortList(rids=[abort.rid or "" for abort in aborts]))
+            rids = [abort.rid or "" for abort in aborts]
+            awaited = self.rid_to_state.keys() & rids
+            super()._dispatch_to_scheduler(AbortList(rids=rids, awaited=awaited))
 
 
 class Waiter:

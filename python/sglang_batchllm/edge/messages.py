@@ -29,9 +29,11 @@ class ReleaseTexts(BaseReq, kw_only=True):
 
 
 class AbortList(BaseReq, kw_only=True):
-    """Nobody waits for these requests any more; all are aborted in one pass.
+    """These requests are aborted in one pass.
 
-    rids: exact request ids.
+    rids: exact request ids. awaited: those of which somebody waits for the answer that they were
+    aborted.
     """
 
     rids: list[str]
+    awaited: set[str]

@@ -80,9 +80,23 @@ def packed(
 
 def end_of_list(name: str) -> PackedList:
     """What is missing of a list that comes in parts never comes."""
-    return PackedList(
-        tokens=b"", dtype="int32", lengths=[], common={}, columns={}, part=Part(name, last=True)
-    )
+    return _without_requests(Part(name, last=True))
+
+
+def emptied(message: PackedList) -> PackedList:
+    """The same part of the list, without its requests."""
+    return _without_requests(message.part)
+
+
+def _without_requests(part: Part | None) -> PackedList:
+    return PackedList(tokens=b"", dtype="int32", lengths=[], common={}, columns={}, part=part)
+
+
+def ids_in(message: PackedList) -> Sequence[str]:
+    """The ids of its requests."""
+    if len(message.lengths) == 1:
+        return [message.common["rid"]]
+    return message.columns.get("rid", [])
 
 
 def unpacked(message: PackedList) -> BatchTokenizedGenerateReqInput:

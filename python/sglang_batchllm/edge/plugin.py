@@ -162,7 +162,9 @@ def _extend_http_server() -> None:
         if getattr(server_args, "batchllm", False):
             from sglang_batchllm.edge.batch_api import add_batch_api_routes
             from sglang_batchllm.edge.front import add_batchllm_routes
+            from sglang_batchllm.server.refused_heads import answer_refused_heads
 
+            answer_refused_heads()
             add_batchllm_routes()
             add_batch_api_routes(server_args)
 

@@ -18,15 +18,18 @@ from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.adder import ForecastPrefillAdder
 from sglang_batchllm.edge.args import BatchLLMServerArgs, resolved
 from sglang_batchllm.edge.cache import PinnedGroups
+from sglang_batchllm.edge.garbage import Garbage
 from sglang_batchllm.edge.last_layer import sample_rows_in_last_layer
 from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
 from sglang_batchllm.edge.names import ATTENTION_BACKEND
 from sglang_batchllm.edge.packing import PackedList, unpacked
+from sglang_batchllm.edge.part_line import PartLine
 from sglang_batchllm.edge.queue_index import QueueIndex, without
 from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
 from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.policy.requests import Turn
+from sglang_batchllm.policy.scored import was_scored
 from sglang_batchllm.policy.step import Arrival, Decision, Limits, View
 from sglang_batchllm.server.handover import SLICE
 
@@ -96,6 +99,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._held_back: list[Req] | None = None
         self._receiving_list = False
         self._part: Part | None = None  # that is received
+        self._part_line = PartLine()
+        self._garbage = Garbage()
         self._turns: dict[str, Turn] = {}  # of requests that are announced and have yet to come
         self._seen_forward_ct = 0
         self._snapshot_time = 0.0
@@ -113,6 +118,13 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             ]
         )
 
+    def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        ordered = self._part_line.order(recv_reqs, self._policy.serves_others)
+        super().process_input_requests(ordered)
+
+    def is_fully_idle(self, *args: Any, **options: Any) -> bool:
+        return not self._part_line and super().is_fully_idle(*args, **options)
+
     def name_turns(self, recv_req: NameTurns) -> None:
         for rid, (kind, program) in recv_req.turns.items():
             self._turns[rid] = Turn(kind, recv_req.batch, program, recv_req.yields)  # type: ignore[arg-type]
@@ -123,7 +135,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
     def packed_list_arrived(self, recv_req: PackedList) -> None:
         self._part = recv_req.part
         try:
-            self.handle_batch_generate_request(unpacked(recv_req))
+            with self._garbage.made_for_long():
+                self.handle_batch_generate_request(unpacked(recv_req))
         finally:
             self._part = None
 
@@ -183,7 +196,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         waiting = [req for req in map(self._index.get, rids) if req is not None]
         with self._only_waiting(waiting):
             for req in waiting:
-                self.refuse_waiting(req)
+                self.refuse_waiting(req, answer=req.rid in recv_req.awaited)
             self.waiting_queue = []
             for rid in rids.difference(req.rid for req in waiting):
                 super().abort_request(AbortReq(rid=rid))
@@ -227,7 +240,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         idle = plan.running_batch.is_empty() and self.chunked_req is None
         for req in reqs:
             self._index.discard(req)
-        self._scored_step = ScoredStep.of(batch, self._policy) if batch is not None else None
+        self._scored_step = ScoredStep.of(batch) if batch is not None else None
         self._policy.launched([(req, seam.computed(req)) for req in reqs], idle)
         if self._group_table is not None and reqs:
             self._enter_groups(self._group_table, reqs)
@@ -308,7 +321,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         step.deliver(result)
         super().process_batch_result(batch, result)
         for req in step.scored():
-            self._policy.was_scored(req)
+            was_scored(req)
 
     def publish_load_snapshot(self, force: bool = False) -> Any:
         """With every prefill step SGLang walks all that wait."""
@@ -321,6 +334,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
     def on_idle(self) -> None:
         super().on_idle()
         self._policy.rest()
+        if self.is_fully_idle():
+            self._garbage.sweep_if_due()
 
     def _agree(self, decision: T) -> T:
         """The decision of the first rank; clocks differ between ranks, batches must not."""

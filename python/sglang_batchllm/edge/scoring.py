@@ -21,8 +21,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.server_args import ServerArgs
 
 from sglang_batchllm.edge import seams
-from sglang_batchllm.policy.core import BatchPolicy, prefix_limit
 from sglang_batchllm.policy.rows import Ask, RowLists, Rows
+from sglang_batchllm.policy.scored import prefix_limit, rows_to_leave, rows_to_read, scores
 
 if TYPE_CHECKING:
     from sglang_batchllm.edge.seams.v0_5_17 import scoring as seam
@@ -73,7 +73,7 @@ class _Part:
     with what it leaves; leaves: the rows for others. reads: those that others have left it.
     """
 
-    def __init__(self, batch: ScheduleBatch, index: int, policy: BatchPolicy):
+    def __init__(self, batch: ScheduleBatch, index: int):
         self.req: Req = batch.reqs[index]
         self.begin: int = batch.prefix_lens[index]
         self.end: int = self.begin + batch.extend_lens[index]
@@ -81,7 +81,7 @@ class _Part:
         top = self.req.logprob.top_logprobs_num if self.req.return_logprob else 0
         self.own = Ask(self.begin + batch.extend_logprob_start_lens[index], top, ids)
         self.wide, self.leaves = self.own, list[Rows]()
-        leave = policy.rows_to_leave(self.req)
+        leave = rows_to_leave(self.req)
         if leave is not None:
             ask, left = leave
             self.leaves = [r for r in left if r.start < self.end and r.stop > self.begin]
@@ -91,7 +91,7 @@ class _Part:
                     max(self.own.top, ask.top),
                     tuple(dict.fromkeys(ids + ask.ids)),
                 )
-        self.reads = policy.rows_to_read(self.req)
+        self.reads = rows_to_read(self.req)
 
     @property
     def wide_tokens(self) -> list[int]:
@@ -118,11 +118,11 @@ class ScoredStep:
         self._following: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, batch: ScheduleBatch, policy: BatchPolicy) -> ScoredStep | None:
+    def of(cls, batch: ScheduleBatch) -> ScoredStep | None:
         """Before the policy is told that the batch is launched."""
-        if not any(map(policy.scores, batch.reqs)):
+        if not any(map(scores, batch.reqs)):
             return None
-        return cls(batch, [_Part(batch, index, policy) for index in range(len(batch.reqs))])
+        return cls(batch, [_Part(batch, index) for index in range(len(batch.reqs))])
 
     # The pass
 

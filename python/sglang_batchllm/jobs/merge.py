@@ -12,6 +12,7 @@ import orjson
 from sglang_batchllm.jobs.errors import JobError
 from sglang_batchllm.jobs.index import id_digest
 from sglang_batchllm.jobs.records import read_record
+from sglang_batchllm.jobs.table import check_output, count_rows, is_table, write_answers
 from sglang_batchllm.jobs.whole import check_new, write_whole
 
 
@@ -33,14 +34,37 @@ class _Place(NamedTuple):
 
 
 def merge(inputs: Sequence[Path], outputs: Sequence[Path], merged: Path) -> Merged:
-    """inputs: batch files, one custom_id for each of their requests. outputs: records of runs over
-    parts of them. Of a request with several records one that succeeded counts, else the first. Rows
-    that could not be read, and so have no custom_id, come last.
+    """inputs: batch files, one custom_id for each of their requests, or a table. outputs: records
+    of runs over parts of them. Of a request with several records one that succeeded counts, else
+    the first. Rows that could not be read, and so have no custom_id, come last. A table's `merged`
+    is that table with the answers.
 
     In memory some 250 bytes for each request. Raises JobError where a request has no record, or a
     record no request; nothing is written then.
     """
     check_new(merged)
+    for path in outputs:
+        if is_table(path):
+            raise JobError(f"{path} is a table; give the records of the runs over its parts")
+    tables = [path for path in inputs if is_table(path)]
+    if not tables:
+        if is_table(merged):
+            raise JobError(f"{merged} would be a table, and {_named(inputs)} is none")
+        return _merge(inputs, outputs, merged)
+    if len(inputs) > 1:
+        raise JobError("a table stands alone; merge one after the other")
+    check_output(tables[0], merged)
+    records = merged.with_name(merged.name + ".records.jsonl")
+    check_new(records)
+    try:
+        counts = _merge(inputs, outputs, records)
+        write_answers(tables[0], records, merged)
+    finally:
+        records.unlink(missing_ok=True)
+    return counts
+
+
+def _merge(inputs: Sequence[Path], outputs: Sequence[Path], merged: Path) -> Merged:
     found, nameless = _records(outputs)
     order: list[_Place] = []
     missing: list[str] = []
@@ -62,6 +86,8 @@ def merge(inputs: Sequence[Path], outputs: Sequence[Path], merged: Path) -> Merg
             f"{_named(outputs)} have records of {len(unused):,} requests that are not in "
             f"{_named(inputs)}; give the file that was cut"
         )
+    if nameless and is_table(inputs[0]):
+        raise JobError(f"{_named(outputs)} have records of no row; give the runs over a table")
     order += nameless
     write_whole(merged, _lines(outputs, order))
     return Merged(len(order), sum(not place.ok for place in order))
@@ -94,6 +120,9 @@ def _records(outputs: Sequence[Path]) -> tuple[dict[bytes, _Place], list[_Place]
 
 def _ids(inputs: Sequence[Path]) -> Iterator[str]:
     for path in inputs:
+        if is_table(path):
+            yield from map(str, range(count_rows(path)))
+            continue
         for line in _lines_of(path):
             try:
                 entry = orjson.loads(line)

@@ -98,6 +98,11 @@ def write_requests(table: Path, prompts: Prompts, url: str, requests: Path) -> N
                 number += 1
 
 
+def count_rows(table: Path) -> int:
+    """Raises JobError where the table can't be read."""
+    return sum(len(batch) for batch in _batches(table))
+
+
 def check_output(table: Path, output: Path) -> None:
     """Raises JobError where a table with these columns can't be written."""
     if not is_table(output):
@@ -115,8 +120,7 @@ def write_answers(table: Path, records: Path, output: Path) -> None:
     schema = _schema(table)
     for name, kind in COLUMNS.items():
         schema = schema.append(pa.field(name, kind))
-    rows = sum(len(batch) for batch in _batches(table))
-    places = np.full(rows, -1, np.int64)
+    places = np.full(count_rows(table), -1, np.int64)
     unfinished = output.with_name(output.name + ".new")
     with records.open("rb") as lines, _writer(output)(unfinished, schema) as writer:
         offset = 0

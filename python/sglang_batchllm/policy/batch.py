@@ -64,6 +64,9 @@ class Member:
         return len(self.request.origin_input_ids) + len(self.request.output_ids)
 
 
+LONG_LIST = 256
+"""Requests of a list that nobody takes one by one to go on with them."""
+
 _ATTRIBUTE = "batchllm"
 
 
@@ -211,6 +214,20 @@ class Batch:
     def give_back_rows(self, lengths: OutputLengths) -> None:
         lengths.give_back(self._taken_rows)
 
+    def keeps(self, request: Request, pressed: bool) -> bool:
+        """Whether KV that a request of it leaves is to stay in the cache. pressed: memory keeps
+        somebody out.
+
+        Of a list that was handed over whole, and is complete, nobody is known to need it, so it
+        stays only while memory keeps nobody out. Of a long list, only where it was asked for more
+        than a label or a score: keeping takes longer than all else about such a request. (Programs
+        go on with one of the choices that a short list has scored.)
+        """
+        if not self.private or self.opening:
+            return True
+        labels = (request.sampling_params.max_new_tokens or 0) <= 1
+        return not pressed and not (labels and len(self.members) >= LONG_LIST)
+
     def stop_continuing(self) -> None:
         """Nothing continues its texts from now on."""
         self.continued[:] = False
@@ -352,3 +369,8 @@ class Batch:
             first[up] = min(first[up], first[node])
             last[up] = max(last[up], last[node])
         return first, last
+
+
+def tokens_to_prefill(member: Member) -> int:
+    """Tokens of a chosen request that have no KV yet; for one without a plan, at most."""
+    return member.tokens if member.batch is None else member.batch.tokens_to_prefill(member)

@@ -10,21 +10,28 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from sglang_batchllm.policy.admission.forecast import MemoryForecast
 from sglang_batchllm.policy.admission.lanes import Lanes
 from sglang_batchllm.policy.admission.lookahead import Lookahead
 from sglang_batchllm.policy.admission.outputs import OutputLengths, hinted_output
 from sglang_batchllm.policy.admission.running import Running
-from sglang_batchllm.policy.batch import Batch, Member, forget, member_of, note
+from sglang_batchllm.policy.batch import (
+    Batch,
+    Member,
+    forget,
+    member_of,
+    note,
+    tokens_to_prefill,
+)
 from sglang_batchllm.policy.intake import Intake
 from sglang_batchllm.policy.ledger import Ledger
-from sglang_batchllm.policy.parts import Part, PartedList, Parts, is_present
+from sglang_batchllm.policy.parts import Part, Parts
 from sglang_batchllm.policy.paths import SharedPath
 from sglang_batchllm.policy.pins import ROOT
 from sglang_batchllm.policy.requests import End, Request
-from sglang_batchllm.policy.rows import Ask, RowMemory, Rows
+from sglang_batchllm.policy.rows import RowMemory
 from sglang_batchllm.policy.step import Arrival, Decision, Limits, View
 from sglang_batchllm.policy.store import Store
 from sglang_batchllm.policy.texts import HeldTexts
@@ -33,11 +40,6 @@ IDLE_SECONDS = 0.05
 """Where nothing runs because texts that wait for their next turn hold the KV, one is given up each
 time that this much has passed."""
 
-LONG_LIST = 256
-"""Requests of a list that nobody takes one by one to go on with them."""
-
-T = TypeVar("T")
-
 
 class BatchPolicy:
     """Plans what arrives, chooses what runs, and holds the prefixes and texts that will be used.
@@ -45,17 +47,19 @@ class BatchPolicy:
     texts: of programs, held between their turns.
     """
 
-    def __init__(self, store: Store, limits: Limits, agree: Callable[[T], T] = lambda value: value):
+    def __init__(
+        self, store: Store, limits: Limits, agree: Callable[[Any], Any] = lambda value: value
+    ):
         """agree: makes a value that depends on this process's clock the same in all ranks."""
         self._store = store
         self._limits = limits
-        self._agree: Callable[[Any], Any] = agree
+        self._agree = agree
         self._lengths = OutputLengths()
         (self._gathered_row,) = self._lengths.take(-1).tolist()
         self._running = Running()
         self._intake = Intake(self._plan, limits.gather_seconds, self._agree)
         self._lanes = Lanes(self._intake, limits.capacity)
-        self._parts = Parts(limits.page_size)
+        self._parts = Parts(limits, self._plan, self._start_again, self._lengths)
         self.texts = HeldTexts(store)
         self._row_memory = RowMemory()
         self._ledger = Ledger(limits.page_size)
@@ -138,36 +142,18 @@ class BatchPolicy:
     def _plan_parts(self) -> list[Request]:
         """Plan lists that come in parts, if it is time; returns the requests that run and are in
         another plan now."""
-        moved: list[Request] = []
-        for parted in self._parts.due(self._limits.capacity):
-            parted.drop_gone()
-            if parted.coming:
-                moved += self._plan_again(parted)
-            elif parted.batch is not None:  # and complete
-                parted.batch.opening = False
-                self._retire_if_done(parted.batch)
-        return moved
-
-    def _plan_again(self, parted: PartedList) -> list[Request]:
-        old = parted.batch
-        running = [member for member in parted.planned if member.slot >= 0]
-        ended = [member for member in parted.planned if not is_present(member)]
-        parted.all_planned()
-        if len(parted.planned) > 1:
-            batch = parted.batch = self._plan(parted.planned, True, old)
-            batch.opening = not parted.complete
-            batch.take_over(ended + running)
-            for member in running:
-                self._running.remove(member)
-                self._start(member)
-            for member in ended:
-                batch.end(member, was_running=False, free=False)
-            if old is not None:
-                old.dissolve(self._lengths)
-        for member in parted.to_queue():
+        planned = self._parts.plan_due()
+        for member in planned.waiting:
             self._intake.arrive(member, shareable=True)
-        self._look_again = True
-        return [member.request for member in running]
+        for batch in planned.complete:
+            self._retire_if_done(batch)
+        self._look_again |= planned.anew
+        return planned.moved
+
+    def _start_again(self, member: Member) -> None:
+        """It runs, and by another plan than before."""
+        self._running.remove(member)
+        self._start(member)
 
     @property
     def pinned_tokens(self) -> int:
@@ -344,19 +330,11 @@ class BatchPolicy:
     # Ends
 
     def keeps(self, request: Request) -> bool:
-        """Whether the KV of a request that ends is to stay in the cache, first to be evicted.
-
-        Of a list that was handed over whole, and is complete, nobody is known to need it, so it
-        stays only while memory keeps nobody out. Of a long list, only where it was asked for more
-        than a label or a score: keeping takes longer than all else about such a request. (Programs
-        go on with one of the choices that a short list has scored.)
-        """
+        """Whether the KV of a request that ends is to stay in the cache, first to be evicted; see
+        `Batch.keeps`."""
         member = member_of(request)
         batch = None if member is None else member.batch
-        if batch is None or not batch.private or batch.opening:
-            return True
-        labels = (request.sampling_params.max_new_tokens or 0) <= 1
-        return not self._pressed and not (labels and len(batch.members) >= LONG_LIST)
+        return batch is None or batch.keeps(request, self._pressed)
 
     def ended(self, request: Request, end: End | None, text: array[int] | None = None) -> None:
         """The request has given its KV back, if it had any: it has ended, or (None) was retracted.
@@ -393,35 +371,6 @@ class BatchPolicy:
             batch.give_back_rows(self._lengths)
             self._ledger.retired(batch)
 
-    # Logprobs of prompts
-
-    def scores(self, request: Request) -> bool:
-        """Whether the request may leave rows for others, or read some."""
-        member = member_of(request)
-        return member is not None and (member.lead is not None or member.ask is not None)
-
-    def rows_to_leave(self, request: Request) -> tuple[Ask, list[Rows]] | None:
-        """What the request's next prefill leaves for others, to be filled: from where on it needs
-        which logprobs for that, and the rows. To be asked before `launched`."""
-        member = member_of(request)
-        if member is None or member.lead is None:
-            return None
-        return member.lead.ask, [*member.lead.rows.values()]
-
-    def rows_to_read(self, request: Request) -> list[Rows]:
-        """What has been left of the request's prompt, from its beginning; filled once the steps
-        that are launched by now have ended. To be asked before `launched`."""
-        member = member_of(request)
-        if member is None or member.ask is None or member.batch is None:
-            return []
-        return [] if member.batch.scoring is None else member.batch.scoring.kept(member)
-
-    def was_scored(self, request: Request) -> None:
-        """The request has been given the logprobs of its prompt, and needs no more."""
-        member = member_of(request)
-        if member is not None:
-            member.ask = None
-
     # What others ask
 
     def shared_path(self, request: Request, shared: int) -> SharedPath:
@@ -430,6 +379,16 @@ class BatchPolicy:
         if member is None or member.batch is None:
             return []
         return member.batch.paths.of(member.home, shared)
+
+    def serves_others(self) -> bool:
+        """Whether anything runs or waits but lists that come in parts, and those that yield."""
+        running = (member.batch for member in self._running.members)
+        batches = [*running, *self._intake.batches_waiting()]
+        return (
+            self._intake.gathering
+            or self._intake.waits_in("single")
+            or any(batch is None or not (batch.opening or batch.yields) for batch in batches)
+        )
 
     def rest(self) -> None:
         """There is nothing to run."""
@@ -440,17 +399,3 @@ class BatchPolicy:
         return self._ledger.report() | {
             "logprob_bytes": {"now": self._row_memory.used, "peak": self._row_memory.peak}
         }
-
-
-def prefix_limit(request: Request) -> int | None:
-    """Prompt tokens that a planned request may find in the cache at most, since it has to compute
-    logprobs of the others; None for as many as there are."""
-    member = member_of(request)
-    if member is None or member.batch is None:
-        return None
-    return member.batch.prefix_limit(member)
-
-
-def tokens_to_prefill(member: Member) -> int:
-    """Tokens of a chosen request that have no KV yet; for one without a plan, at most."""
-    return member.tokens if member.batch is None else member.batch.tokens_to_prefill(member)

@@ -11,11 +11,15 @@ cache as a whole; see `Batch.opening`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sglang_batchllm.policy.admission.outputs import OutputLengths
 from sglang_batchllm.policy.batch import Batch, Member, member_of
 from sglang_batchllm.policy.distinct import DistinctTokens
+from sglang_batchllm.policy.requests import Request
+from sglang_batchllm.policy.step import Limits
 
 SHARE = 4
 """A list that is not complete is planned while that takes one part of so many of the KV pool."""
@@ -26,6 +30,25 @@ class Part(NamedTuple):
 
     name: str
     last: bool
+
+
+Plan = Callable[[Sequence[Member], bool, Batch | None], Batch]
+"""Plans requests together; the flag says that they were handed over in one call. The batch, if any,
+is the one that this one follows."""
+
+
+@dataclass
+class Planned:
+    """What follows from plans that were made.
+
+    anew: whether any was. moved: requests that run and are in another plan now. waiting: those that
+    can run and do not. complete: batches of which nothing more comes, and that stay as they are.
+    """
+
+    anew: bool = False
+    moved: list[Request] = field(default_factory=list)
+    waiting: list[Member] = field(default_factory=list)
+    complete: list[Batch] = field(default_factory=list)
 
 
 class PartedList:
@@ -85,12 +108,22 @@ class PartedList:
 class Parts:
     """The lists of which parts are missing, and those just completed."""
 
-    def __init__(self, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(
+        self,
+        limits: Limits,
+        plan: Plan,
+        start_again: Callable[[Member], None],
+        lengths: OutputLengths,
+    ) -> None:
+        """start_again: called with each request that runs, once another plan has taken it over."""
+        self._limits = limits
+        self._plan = plan
+        self._start_again = start_again
+        self._lengths = lengths
         self._lists: dict[str, PartedList] = {}
 
     def add(self, part: Part, members: Sequence[Member]) -> PartedList:
-        parted = self._lists.setdefault(part.name, PartedList(self._page_size))
+        parted = self._lists.setdefault(part.name, PartedList(self._limits.page_size))
         parted.add(members, part.last)
         return parted
 
@@ -102,14 +135,41 @@ class Parts:
                     return parted
         return None
 
-    def due(self, capacity: int) -> list[PartedList]:
-        """Those to plan now; complete ones are handed out once."""
-        due = [parted for parted in self._lists.values() if parted.due(capacity)]
+    def plan_due(self) -> Planned:
+        """Plan those for which it is time; complete ones once."""
+        planned = Planned()
+        due = [parted for parted in self._lists.values() if parted.due(self._limits.capacity)]
         if due:
             self._lists = {
                 name: parted for name, parted in self._lists.items() if not parted.complete
             }
-        return due
+        for parted in due:
+            parted.drop_gone()
+            if parted.coming:
+                self._plan_again(parted, planned)
+            elif parted.batch is not None:  # and complete
+                parted.batch.opening = False
+                planned.complete.append(parted.batch)
+        return planned
+
+    def _plan_again(self, parted: PartedList, planned: Planned) -> None:
+        old = parted.batch
+        running = [member for member in parted.planned if member.slot >= 0]
+        ended = [member for member in parted.planned if not is_present(member)]
+        parted.all_planned()
+        if len(parted.planned) > 1:
+            batch = parted.batch = self._plan(parted.planned, True, old)
+            batch.opening = not parted.complete
+            batch.take_over(ended + running)
+            for member in running:
+                self._start_again(member)
+            for member in ended:
+                batch.end(member, was_running=False, free=False)
+            if old is not None:
+                old.dissolve(self._lengths)
+        planned.anew = True
+        planned.moved += [member.request for member in running]
+        planned.waiting += parted.to_queue()
 
 
 def is_present(member: Member) -> bool:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sglang_batchllm.server.errors import RefusedError
-from sglang_batchllm.wire.lines import GENERATE, MAX_LINE_BYTES, URLS
-
-MAX_BYTES = 512 << 20
-MAX_REQUESTS = 100_000
-"""Of all hand-overs that are open in a process: JSON received, and requests in it. The front
-process holds about 10 KB for each request and 8 bytes for each token of its prompt."""
+from sglang_batchllm.wire.lines import (
+    GENERATE,
+    MAX_BYTES,
+    MAX_LINE_BYTES,
+    MAX_REQUESTS,
+    URLS,
+)
 
 
 @dataclass

@@ -27,6 +27,17 @@ QUIET_SECONDS = 0.05
 """Requests that are ready are sent without the others once none has become ready for this long."""
 
 
+TURNS = 8
+"""Of the event loop that a request needs, about, from its connection to the scheduler."""
+
+
+async def let_others_in() -> None:
+    """Between slices of a list: a request that comes by itself waits for one, not for as many as it
+    takes turns."""
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
+
+
 @dataclass(slots=True)
 class _Entry:
     """A line's request, and its place among the lines."""
@@ -117,7 +128,7 @@ class HandOver:
 
     async def _let_others_in(self) -> None:
         self._front.settle()
-        await asyncio.sleep(0)
+        await let_others_in()
 
     def _tokenize(self) -> None:
         requests, self._untokenized = self._untokenized, []

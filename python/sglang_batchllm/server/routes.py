@@ -12,12 +12,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from sglang_batchllm.client.get_report import report_in
-from sglang_batchllm.server.body import MAX_BYTES
 from sglang_batchllm.server.errors import RefusedError
 from sglang_batchllm.server.front import FrontEnd
 from sglang_batchllm.server.handover import HandOver
 from sglang_batchllm.server.registry import Registry
-from sglang_batchllm.wire.lines import URLS
+from sglang_batchllm.wire.lines import MAX_BYTES, URLS
 from sglang_batchllm.wire.paths import REPORT_PATH, RUN_PATH
 
 LINES = "application/x-ndjson"

@@ -18,6 +18,10 @@ URLS = (GENERATE, CHAT, COMPLETIONS)
 MAX_LINE_BYTES = 8 << 20
 """Of a request. A prompt of a million tokens takes about 5 MB as text and 7 MB as token ids."""
 
+MAX_BYTES = 512 << 20
+MAX_REQUESTS = 100_000
+"""Of all hand-overs that are open in a process: JSON received, and requests in it. The front
+process holds about 10 KB for each request and 8 bytes for each token of its prompt."""
 
 CHUNK_BYTES = 1 << 16
 """Of a body that is sent or read piece by piece, about."""

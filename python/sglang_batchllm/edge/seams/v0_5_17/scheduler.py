@@ -16,10 +16,11 @@ class QueueingScheduler(Scheduler):
         """These requests have left the waiting queue, and will not run."""
         raise NotImplementedError
 
-    def refuse_waiting(self, req: Req) -> None:
-        """Answer for a request that is taken out of the waiting queue."""
-        gone = AbortReq(rid=req.rid)
-        self.ipc_channels.send_to_tokenizer.send_output(gone, req)  # type: ignore[arg-type]
+    def refuse_waiting(self, req: Req, answer: bool) -> None:
+        """For a request that is taken out of the waiting queue. answer: somebody awaits that."""
+        if answer:
+            gone = AbortReq(rid=req.rid)
+            self.ipc_channels.send_to_tokenizer.send_output(gone, req)  # type: ignore[arg-type]
 
     def _abort_on_waiting_timeout(self) -> None:
         before = self.waiting_queue

@@ -15,11 +15,12 @@ class QueueingScheduler(Scheduler):
         """These requests have left the waiting queue, and will not run."""
         raise NotImplementedError
 
-    def refuse_waiting(self, req: Req) -> None:
-        """Answer for a request that is taken out of the waiting queue."""
+    def refuse_waiting(self, req: Req, answer: bool) -> None:
+        """For a request that is taken out of the waiting queue. answer: somebody awaits that."""
         self._release_aborted_request(req)
         self.beam_coordinator.retire_group(req)
-        self.send_abort_output(AbortReq(rid=req.rid), req)
+        if answer:
+            self.send_abort_output(AbortReq(rid=req.rid), req)
 
     def places(self, running_batch: ScheduleBatch) -> int:
         """Requests that may join those that run."""
