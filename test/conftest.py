@@ -150,5 +150,11 @@ def forgetful_engine(tiny_model: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def replicated_engine(tiny_model: Path) -> Iterator[Any]:
+    """Two replicas."""
+    yield from _engine(tiny_model, batchllm=True, dp_size=2, max_total_tokens=AMPLE)
+
+
+@pytest.fixture(scope="session")
 def stock_engine(tiny_model: Path) -> Iterator[Any]:
     yield from _engine(tiny_model, max_total_tokens=AMPLE)

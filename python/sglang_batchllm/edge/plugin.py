@@ -101,6 +101,16 @@ def _add_scheduler() -> None:
     _apply_hooks()
 
 
+def _add_routing() -> None:
+    """Between front end and replicas."""
+    from sglang_batchllm.edge.routing import know_lists, pass_on_list
+
+    controller = "srt.managers.data_parallel_controller.DataParallelController"
+    _hook("around", f"{controller}.init_dispatcher", know_lists)
+    _hook("around", f"{controller}.dispatch_batch_generate", pass_on_list)
+    _apply_hooks()
+
+
 @functools.cache
 def extend_runtime() -> None:
     """In a scheduler process, once the flag is on: admission by memory, shared mixed batches,
@@ -201,6 +211,8 @@ _FOLLOWED: dict[str, Callable[[], None]] = {
     "sglang.srt.layers.attention.attention_registry": _add_attention,
     "sglang.srt.managers.scheduler": lambda: _import("scheduler"),
     "sglang_batchllm.edge.scheduler": _add_scheduler,
+    "sglang.srt.managers.data_parallel_controller": lambda: _import("routing"),
+    "sglang_batchllm.edge.routing": _add_routing,
     "sglang.srt.entrypoints.http_server": _extend_http_server,
     "sglang.lang.backend.runtime_endpoint": _extend_language,
 }

@@ -1,0 +1,48 @@
+"""SGLang's process between front end and replicas, which is to pass a replica's list on whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.managers.io_struct import (
+    BatchTokenizedGenerateReqInput,
+    hook_custom_types,
+    sock_send,
+)
+from sglang.utils import TypeBasedDispatcher
+
+from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
+from sglang_batchllm.edge.packing import PackedList
+
+
+def know_lists(init_dispatcher: Callable[[Any], None], controller: Any) -> None:
+    """Around `DataParallelController.init_dispatcher`. What it does not know goes to all."""
+    init_dispatcher(controller)
+    if not getattr(controller.server_args, "batchllm", False):
+        return
+
+    def name_turns(message: NameTurns) -> None:
+        assert message.replica is not None
+        sock_send(controller.workers[message.replica], message)
+
+    def pass_on(message: PackedList) -> None:
+        assert message.shard is not None
+        sock_send(controller.workers[message.shard.replica], message)
+
+    hook_custom_types(NameTurns, ReleaseTexts, AbortList)
+    controller._request_dispatcher += TypeBasedDispatcher(
+        [(NameTurns, name_turns), (PackedList, pass_on)]
+    )
+
+
+def pass_on_list(
+    dispatch: Callable[..., None], controller: Any, batch: BatchTokenizedGenerateReqInput
+) -> None:
+    """Around `DataParallelController.dispatch_batch_generate`, which sends one by one."""
+    replicas = {request.routed_dp_rank for request in batch}
+    replica = replicas.pop() if len(replicas) == 1 else None
+    if replica is None or not getattr(controller.server_args, "batchllm", False):
+        dispatch(controller, batch)
+    else:
+        sock_send(controller.workers[replica], batch)
