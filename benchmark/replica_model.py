@@ -2,9 +2,9 @@
 
 A *unit* is what is handed out whole: the requests of one prefix group, or one that shares nothing.
 A replica runs the units of its shard one after the other, each beside those that began up to
-`window` seconds before it ends. Without levelling a replica has its whole shard from the beginning;
-with it, so much as it takes `ahead` seconds to run, and the coordinator keeps the rest: who runs out
-gets units off the end of what is kept for the replica that would take the longest.
+`window` seconds before it ends. Without levelling a replica has its whole shard from the beginning.
+With it, it has as much as it runs in `ahead` seconds, and the coordinator keeps the rest: who runs
+out gets units off the end of what is kept for the replica that would take the longest.
 """
 
 from __future__ import annotations

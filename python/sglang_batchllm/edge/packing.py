@@ -47,7 +47,8 @@ def packed(
     batch: BatchTokenizedGenerateReqInput, part: Part | None = None, shard: Shard | None = None
 ) -> PackedList | BatchTokenizedGenerateReqInput:
     """The list in less space; as it is where prompts are more than token ids, or where messages are
-    no pickles. part: of a longer list, for which neither is the case. shard: of one that is spread."""
+    no pickles. part: of a longer list, for which neither is the case. shard: of one that goes to
+    several replicas."""
     requests: list[TokenizedGenerateReqInput] = batch.batch
     if not _USE_PICKLE_IPC:
         return batch

@@ -87,8 +87,8 @@ class BatchReport(Report):
 
     distinct_tokens: prompt tokens that must be computed when none is computed twice, by the plan;
     what an earlier list left in the cache makes `computed_tokens` less. peak_kv_tokens: most KV in
-    use that nothing could evict, other requests' included. started, ended: seconds since 1970. shard:
-    these are, where the list is spread over replicas.
+    use that nothing could evict, other requests' included. started, ended: seconds since 1970.
+    shard: these are, where the list goes to several replicas.
     """
 
     distinct_tokens: int = 0

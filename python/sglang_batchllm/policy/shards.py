@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-SUMS = (
-    "requests finished aborted prompt_tokens computed_tokens output_tokens groups grouped_requests "
-    "peak_pinned_tokens retractions relaxed_tokens rescored_tokens distinct_tokens tokens_saved"
-).split()
+SUMS = [
+    "requests",
+    "finished",
+    "aborted",
+    "prompt_tokens",
+    "computed_tokens",
+    "output_tokens",
+    "groups",
+    "grouped_requests",
+    "peak_pinned_tokens",
+    "retractions",
+    "relaxed_tokens",
+    "rescored_tokens",
+    "distinct_tokens",
+    "tokens_saved",
+]
 
 Facts = dict[str, Any]
 
