@@ -1,10 +1,12 @@
 """Two replicas answer as one engine, each runs whole groups, and one report tells of both."""
 
 import asyncio
+import threading
 from collections import Counter
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import sglang as sgl
 
@@ -15,6 +17,7 @@ from prompts import distinct_tokens, mixed_batch
 from sglang_batchllm.client.get_report import get_report
 from sglang_batchllm.edge import replicas
 from sglang_batchllm.edge.engine_backend import EngineBackend
+from sglang_batchllm.edge.levelling import Levelling
 from sglang_batchllm.planning import Costs
 from test_sharing import assert_pool_is_whole, computed_tokens, output_ids
 
@@ -189,3 +192,119 @@ def test_programs_go_on_where_they_began(replicated_engine, stock_engine):
     assert ran == {0, 1}
     wait_until_whole(replicated_engine)
     assert not replicated_engine.tokenizer_manager.replicas._homes
+
+
+# Levelling
+
+
+@pytest.fixture
+def levelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of short lists are held back, too."""
+    monkeypatch.setattr(replicas, "HOLD_FROM", 20)
+    monkeypatch.setattr(replicas, "LEAST_PIECE", 5)
+
+
+@pytest.fixture
+def handed_out(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each piece, the replica that had it and the one that got it."""
+    moves: list[tuple[int, int]] = []
+    hand_out = Levelling._hand_out
+
+    def note(self: Levelling, held: Any, replica: int) -> None:
+        moves.append((held.message.shard.replica, replica))
+        hand_out(self, held, replica)
+
+    monkeypatch.setattr(Levelling, "_hand_out", note)
+    return moves
+
+
+def held_back(engine: Any) -> int:
+    return sum(map(len, engine.tokenizer_manager._levelling._held))
+
+
+@pytest.mark.usefixtures("levelled")
+def test_what_is_held_back_is_computed_once_too(replicated_engine, stock_engine, handed_out):
+    prompts = mixed_batch(240, seed=8)
+    params = [sampling(index) for index in range(len(prompts))]
+    flush(replicated_engine)
+    results = replicated_engine.generate(input_ids=prompts, sampling_params=params)
+    expected = stock_engine.generate(input_ids=prompts, sampling_params=params)
+    assert output_ids(results) == output_ids(expected)
+    assert len(handed_out) >= 4
+    report = wait_until_whole(replicated_engine)
+    last = report["batches"][-1]
+    assert last["finished"] == len(prompts)
+    assert last["distinct_tokens"] == distinct_tokens(prompts)
+    assert last["computed_tokens"] == last["distinct_tokens"] + last["repeated_tokens"]
+    assert [one["replica"] for one in last["replicas"]] == [0, 1]
+    assert not held_back(replicated_engine)
+    assert report["running"] == []
+
+
+@pytest.mark.usefixtures("levelled")
+def test_a_replica_that_stands_still_leaves_its_groups_to_the_other(replicated_engine, handed_out):
+    prompts = mixed_batch(240, seed=9)
+    flush(replicated_engine)
+    scheduler = next(
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "scheduler_DP0" in process.name() or "scheduler_DP0" in " ".join(process.cmdline())
+    )
+    scheduler.suspend()
+    timer = threading.Timer(6, scheduler.resume)
+    timer.start()
+    try:
+        results = replicated_engine.generate(input_ids=prompts, sampling_params=sampling(2))
+    finally:
+        scheduler.resume()
+        timer.cancel()
+    assert (0, 1) in handed_out
+    ran = Counter(map(replica_of, results))
+    print(f"\n{ran}, {handed_out}")
+    assert ran[1] > 0.6 * len(prompts)
+    last = wait_until_whole(replicated_engine)["batches"][-1]
+    assert last["finished"] == len(prompts)
+    assert last["computed_tokens"] == last["distinct_tokens"] + last["repeated_tokens"]
+
+
+@pytest.mark.usefixtures("levelled")
+def test_aborts_reach_what_is_held_back(replicated_engine):
+    prompts = mixed_batch(120, seed=10)
+    rids = [f"held-{index:03d}" for index in range(len(prompts))]
+    held: list[int] = []
+
+    async def run() -> list[dict[str, Any]]:
+        task = asyncio.ensure_future(
+            replicated_engine.async_generate(
+                input_ids=prompts, sampling_params=GREEDY | {"max_new_tokens": 400}, rid=rids
+            )
+        )
+        while not held_back(replicated_engine):
+            await asyncio.sleep(0.01)
+        held.append(held_back(replicated_engine))
+        for rid in rids:
+            replicated_engine.tokenizer_manager.abort_request(rid)
+        return await task
+
+    results = replicated_engine.loop.run_until_complete(run())
+    assert held[0] > 2
+    assert {r["meta_info"]["finish_reason"]["type"] for r in results} == {"abort"}
+    wait_until_whole(replicated_engine)
+    assert not held_back(replicated_engine)
+    assert not replicated_engine.tokenizer_manager.rid_to_state
+
+
+@pytest.mark.usefixtures("levelled")
+def test_programs_that_were_held_back_go_on_where_they_began(replicated_engine, handed_out):
+    flush(replicated_engine)
+    states = sgl.function(programs.judge).run_batch(
+        arguments(120), backend=EngineBackend(replicated_engine, "chatml"), **GREEDY
+    )
+    assert handed_out
+    for state in states:
+        first, second = state.get_meta_info("grade"), state.get_meta_info("why")
+        assert second["dp_rank"] == first["dp_rank"]
+    wait_until_whole(replicated_engine)
+    manager = replicated_engine.tokenizer_manager
+    assert not manager.replicas._homes
+    assert not manager.replicas._turns

@@ -119,14 +119,12 @@ class Front:
     ) -> None:
         manager = self._manager
         replicas = manager.replicas
-        known: Iterable[tuple[int | None, dict[str, tuple[str, int]]]] = [(None, turns)]
+        told: Iterable[NameTurns] = [NameTurns(batch=batch, turns=turns, yields=yields)]
         if replicas is not None:
             await replicas.spread(requests)
-            known = replicas.settle(batch, turns, requests)
-        for replica, told in known:
-            manager._dispatch_to_scheduler(
-                NameTurns(batch=batch, turns=told, yields=yields, replica=replica)
-            )
+            told = replicas.turns(batch, turns, yields, requests)
+        for message in told:
+            manager._dispatch_to_scheduler(message)
         await manager.send_list([*requests])
         for request in requests:
             request.input_ids = None  # SGLang keeps the request until it is answered

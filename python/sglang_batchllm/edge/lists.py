@@ -21,8 +21,9 @@ from sglang.srt.managers.io_struct import (
 
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.args import resolved
+from sglang_batchllm.edge.levelling import Levelling
 from sglang_batchllm.edge.messages import AbortList
-from sglang_batchllm.edge.packing import end_of_list, packed
+from sglang_batchllm.edge.packing import PackedList, end_of_list, packed
 from sglang_batchllm.edge.parting import Sent, comes_in_parts, opening_of
 from sglang_batchllm.edge.replicas import Replicas
 from sglang_batchllm.edge.samples import SampledLists, nothing
@@ -55,9 +56,15 @@ class ListIntake(SampledLists):
         self._expects_many = False
         arguments = resolved(self.server_args)
         self.replicas: Replicas | None = None
+        self._levelling: Levelling | None = None
         if arguments.dp_size > 1:
             self.replicas = Replicas(
                 arguments.dp_size, arguments.page_size, lambda rid: rid in self.rid_to_state
+            )
+            self._levelling = Levelling(
+                self.replicas,
+                super()._dispatch_to_scheduler,
+                lambda: self.load_snapshot_reader.read_all(),
             )
 
     async def expect_many(self) -> None:
@@ -256,6 +263,8 @@ class ListIntake(SampledLists):
             self._aborts.append(obj)
         else:
             self._send_aborts()
+            if isinstance(obj, AbortReq) and self._levelling is not None:
+                self._levelling.let_go(None)
             for message in self._packed(obj):
                 super()._dispatch_to_scheduler(message)
 
@@ -270,16 +279,25 @@ class ListIntake(SampledLists):
         elif self.replicas is None:
             yield packed(obj, self._parts.pop(str(obj.batch[0].rid), None))
         else:
-            for requests, shard in self.replicas.shards(obj.batch):
+            for requests, shard, held in self.replicas.shards(obj.batch):
                 if shard is None:
                     yield requests[0]
-                else:
-                    batch = copy.copy(obj)
-                    batch.batch = requests
-                    yield packed(batch, shard=shard)
+                    continue
+                batch = copy.copy(obj)
+                batch.batch = requests
+                message = packed(batch, shard=shard)
+                rids = [str(request.rid) for request in requests]
+                if held and self._levelling is not None and isinstance(message, PackedList):
+                    self._levelling.hold(message, rids)
+                    continue
+                if held and (told := self.replicas.move(rids, shard.replica)) is not None:
+                    yield told
+                yield message
 
     def _send_aborts(self) -> None:
         aborts, self._aborts = self._aborts, []
+        if aborts and self._levelling is not None:
+            self._levelling.let_go([abort.rid or "" for abort in aborts], whole=len(aborts) > 1)
         if len(aborts) == 1:
             super()._dispatch_to_scheduler(aborts[0])
         elif aborts:

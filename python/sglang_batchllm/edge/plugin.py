@@ -105,9 +105,13 @@ def _add_routing() -> None:
     """Between front end and replicas."""
     from sglang_batchllm.edge.routing import know_lists, pass_on_list
 
-    controller = "srt.managers.data_parallel_controller.DataParallelController"
-    _hook("around", f"{controller}.init_dispatcher", know_lists)
-    _hook("around", f"{controller}.dispatch_batch_generate", pass_on_list)
+    for name, wrapper in {
+        "srt.managers.data_parallel_controller.DataParallelController.init_dispatcher": know_lists,
+        "srt.managers.data_parallel_controller.DataParallelController.dispatch_batch_generate": (
+            pass_on_list
+        ),
+    }.items():
+        _hook("around", name, wrapper)
     _apply_hooks()
 
 

@@ -59,22 +59,34 @@ def merged(reports: Sequence[Facts]) -> Facts:
 
 
 def _list(parts: Sequence[Facts]) -> Facts:
-    """Shards of one list, or a list by itself, together: it runs as long as one of them does."""
-    own = [part.get("shard") or Shard("", 0, 0)._asdict() for part in parts]
+    """What replicas have of one list together: it runs as long as any of it does."""
+    by_replica: dict[int, list[Facts]] = {}
+    for part in parts:
+        by_replica.setdefault(part.get("shard", {}).get("replica", 0), []).append(part)
+    repeated = parts[0].get("shard", {}).get("repeated_tokens", 0)
+    facts = _together(parts)
+    facts["distinct_tokens"] -= repeated
+    facts["peak_kv_tokens"] = sum(
+        max(part["peak_kv_tokens"] for part in own) for own in by_replica.values()
+    )
+    return facts | {
+        "repeated_tokens": repeated,
+        "replicas": [
+            {"replica": replica, **_together(by_replica[replica])} for replica in sorted(by_replica)
+        ],
+    }
+
+
+def _together(parts: Sequence[Facts]) -> Facts:
+    """Of one replica, what it got of a list in one piece with all that is known of it."""
+    if len(parts) == 1:
+        return {name: value for name, value in parts[0].items() if name != "shard"}
     started = min(part["started"] for part in parts)
     ends = [part["ended"] for part in parts]
-    facts = _sum(parts, max(part["started"] + part["seconds"] for part in parts) - started)
-    facts["distinct_tokens"] -= own[0]["repeated_tokens"]
-    replicas = [
-        {"replica": shard["replica"]} | {name: part[name] for name in part if name != "shard"}
-        for shard, part in zip(own, parts, strict=True)
-    ]
-    return facts | {
-        "peak_kv_tokens": sum(part["peak_kv_tokens"] for part in parts),
-        "repeated_tokens": own[0]["repeated_tokens"],
+    return _sum(parts, max(part["started"] + part["seconds"] for part in parts) - started) | {
+        "peak_kv_tokens": max(part["peak_kv_tokens"] for part in parts),
         "started": started,
         "ended": None if None in ends else max(ends),
-        "replicas": sorted(replicas, key=lambda one: one["replica"]),
     }
 
 
