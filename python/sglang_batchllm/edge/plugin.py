@@ -102,11 +102,13 @@ def _add_scheduler() -> None:
 
 
 def _add_routing() -> None:
-    """Between front end and replicas."""
+    """Between front end and replicas; SGLang's own while the flag is off."""
     from sglang_batchllm.edge.routing import know_lists, pass_on_list
 
     for name, wrapper in {
-        "srt.managers.data_parallel_controller.DataParallelController.init_dispatcher": know_lists,
+        "srt.managers.data_parallel_controller.DataParallelController.init_dispatcher": (
+            functools.partial(know_lists, _know_messages)
+        ),
         "srt.managers.data_parallel_controller.DataParallelController.dispatch_batch_generate": (
             pass_on_list
         ),
@@ -115,20 +117,26 @@ def _add_routing() -> None:
     _apply_hooks()
 
 
+def _know_messages() -> None:
+    """Ours are among those that the process understands."""
+    from sglang.srt.managers.io_struct import hook_custom_types
+
+    from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
+
+    hook_custom_types(NameTurns, ReleaseTexts, AbortList)
+
+
 @functools.cache
 def extend_runtime() -> None:
     """In a scheduler process, once the flag is on: admission by memory, shared mixed batches,
     packed queries, shared logprobs, and our messages among those that it understands."""
-    from sglang.srt.managers.io_struct import hook_custom_types
-
     from sglang_batchllm.edge import seams
     from sglang_batchllm.edge.adder import ForecastPrefillAdder
-    from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
     from sglang_batchllm.edge.mixed import select_backend
     from sglang_batchllm.edge.queries import forward_with_packed_queries
     from sglang_batchllm.edge.scoring import limit_prefix, score_rows
 
-    hook_custom_types(NameTurns, ReleaseTexts, AbortList)
+    _know_messages()
     adder = seams.load("adder").REPLACED
     if adder is not None:
         _hook("replace", adder, ForecastPrefillAdder)

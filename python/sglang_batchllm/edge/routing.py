@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.managers.io_struct import (
-    BatchTokenizedGenerateReqInput,
-    hook_custom_types,
-    sock_send,
-)
+from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput, sock_send
 from sglang.utils import TypeBasedDispatcher
 
-from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
+from sglang_batchllm.edge.messages import NameTurns
 from sglang_batchllm.edge.packing import PackedList
 
 
-def know_lists(init_dispatcher: Callable[[Any], None], controller: Any) -> None:
-    """Around `DataParallelController.init_dispatcher`. What it does not know goes to all."""
+def know_lists(
+    prepare: Callable[[], None], init_dispatcher: Callable[[Any], None], controller: Any
+) -> None:
+    """Around `DataParallelController.init_dispatcher`. What it does not know goes to all. prepare:
+    has the process understand our messages."""
     init_dispatcher(controller)
     if not getattr(controller.server_args, "batchllm", False):
         return
@@ -30,7 +29,7 @@ def know_lists(init_dispatcher: Callable[[Any], None], controller: Any) -> None:
         assert message.shard is not None
         sock_send(controller.workers[message.shard.replica], message)
 
-    hook_custom_types(NameTurns, ReleaseTexts, AbortList)
+    prepare()
     controller._request_dispatcher += TypeBasedDispatcher(
         [(NameTurns, name_turns), (PackedList, pass_on)]
     )
