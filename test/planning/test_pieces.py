@@ -44,6 +44,8 @@ def test_what_is_short_or_shares_all_is_one_piece():
     plan = plan_batch(prompts, 1, outputs)
     shard_of = np.arange(300) % 2
     assert not pieces_of(plan, shard_of, 2, outputs, 100, 10, Costs()).any()
+    free = Costs(prefill_token=1e-9)
+    assert pieces_of(plan, shard_of, 2, outputs, 100, 10, free).any(), "a prefix of no account"
     alone = plan_batch([[number] for number in range(300)], 1, outputs)
     assert not pieces_of(alone, shard_of, 2, outputs, 151, 10, Costs()).any()
     assert pieces_of(alone, shard_of, 2, outputs, 150, 10, Costs()).any()
