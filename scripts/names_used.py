@@ -38,7 +38,7 @@ READ_FROM_OBJECTS = {
         "input_ids mm_inputs sampling_params time_stats routed_dp_rank extra_key lora_id"
     ),
     "srt.managers.data_parallel_controller.DataParallelController": (
-        "server_args workers _request_dispatcher"
+        "server_args workers scheduler_procs _request_dispatcher"
     ),
     "srt.managers.load_snapshot.LoadSnapshot": (
         "timestamp dp_rank num_waiting_reqs num_running_reqs"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput, sock_send
@@ -10,6 +15,8 @@ from sglang.utils import TypeBasedDispatcher
 
 from sglang_batchllm.edge.messages import NameTurns
 from sglang_batchllm.edge.packing import PackedList
+
+logger = logging.getLogger(__name__)
 
 
 def know_lists(
@@ -30,9 +37,21 @@ def know_lists(
         sock_send(controller.workers[message.shard.replica], message)
 
     prepare()
+    threading.Thread(
+        target=_end_with_the_first, args=[controller.scheduler_procs], daemon=True
+    ).start()
     controller._request_dispatcher += TypeBasedDispatcher(
         [(NameTurns, name_turns), (PackedList, pass_on)]
     )
+
+
+def _end_with_the_first(schedulers: Sequence[BaseProcess]) -> None:
+    """End this process, for which SGLang ends the server, when a replica has died: SGLang watches
+    this process alone, and what the replica had would never be answered."""
+    if schedulers:
+        wait([scheduler.sentinel for scheduler in schedulers])
+        logger.error("batchllm: a replica has died, so the server ends")
+        os._exit(1)
 
 
 def pass_on_list(
