@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,8 @@ import numpy as np
 from sglang_batchllm.edge.packing import PackedList
 from sglang_batchllm.edge.replicas import Replicas
 from sglang_batchllm.policy.shards import Shard
+
+logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.05
 
@@ -74,16 +77,22 @@ class Levelling:
             while any(self._held):
                 await asyncio.sleep(LOOK_SECONDS)
                 self._level()
+        except Exception:
+            logger.exception(
+                "batchllm: levelling failed; what was held back of lists is sent"
+            )
+            self.let_go(None)
         finally:
             self._looking = None
 
     def _level(self) -> None:
-        for load in self._loads():
-            replica, now = load.dp_rank, time.time()
-            if load.timestamp > self._handed[replica] + LOOK_SECONDS:
+        loads = {load.dp_rank: load for load in self._loads()}
+        for replica, handed in enumerate(self._handed):
+            load = loads.get(replica)
+            if load is not None and load.timestamp > handed + LOOK_SECONDS:
                 if load.num_waiting_reqs * FEW > load.num_running_reqs:
                     continue
-            elif now - self._handed[replica] < SURE_SECONDS or self._replicas.left()[replica]:
+            elif time.time() - handed < SURE_SECONDS or self._replicas.left()[replica]:
                 continue
             if self._held[replica]:
                 self._hand_out(self._held[replica].popleft(), replica)
