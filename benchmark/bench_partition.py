@@ -2,6 +2,7 @@
 
     python benchmark/bench_partition.py --out FILE
     python benchmark/bench_partition.py --loads million --shards 1000 --ways tree --out FILE
+    python benchmark/bench_partition.py --loads trace --trace TRACE --out FILE
 
 Nothing runs: what each way would compute, how even the shards are, and how long the longest would
 take, by `planning.Costs`. "rows" deals the requests out in turn; "hash" goes by the first 512
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from batches import CASES
+from batches import CASES, TraceSample
 from results_file import ResultFile
 from sglang_batchllm.planning import BatchPlan, Partition, evaluate, partition, plan_batch
 
@@ -38,7 +39,8 @@ class Load:
     outputs: np.ndarray
 
 
-def load_of(name: str) -> Load:
+def load_of(name: str, trace: Path | None) -> Load:
+    """trace: a Mooncake trace, for the load of that name (see `bench_trace.py`)."""
     rng = random.Random(name)
 
     def tokens(count: int) -> list[int]:
@@ -51,6 +53,11 @@ def load_of(name: str) -> Load:
         chosen = documents[random_ids.zipf(1.3, 1_000_000) % len(documents)]
         questions = random_ids.integers(0, VOCABULARY, (len(chosen), 20), np.int32)
         return Load(np.hstack([chosen, questions]), random_ids.geometric(1 / 50, len(chosen)))
+    if name == "trace":
+        if trace is None:
+            raise SystemExit("error: the load trace needs --trace FILE")
+        sample = TraceSample.of(trace)
+        return Load(sample.prompts(VOCABULARY), np.array(sample.outputs()))
     if name == "tree":  # a system prompt, 32 documents under it, questions under these
         system = tokens(4000)
         documents = [tokens(500) for _ in range(32)]
@@ -97,19 +104,33 @@ WAYS: dict[str, Way] = {
     "hash": _by_hash,
     "sorted": _by_sorting,
 }
-LOADS = ("million", "M1", "M2", "M3", "M4", "M5", "M6", "mixed", "classify", "tree", "skewed")
+LOADS = (
+    "million",
+    "M1",
+    "M2",
+    "M3",
+    "M4",
+    "M5",
+    "M6",
+    "mixed",
+    "classify",
+    "tree",
+    "skewed",
+    "trace",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS[1:]))
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS[1:-1]))
+    parser.add_argument("--trace", type=Path, help="a Mooncake trace")
     parser.add_argument("--shards", nargs="+", type=int, default=[2, 8])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--out", type=Path, help="put the rows into this file")
     args = parser.parse_args()
     file = ResultFile(args.out, ("load", "shards", "way"))
     for name in args.loads:
-        load = load_of(name)
+        load = load_of(name, args.trace)
         plan = plan_batch(load.prompts, 1, load.outputs)
         for shards in args.shards:
             for way in args.ways:

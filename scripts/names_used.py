@@ -35,7 +35,13 @@ READ_FROM_OBJECTS = {
         "top_logprobs_num token_ids_logprob input_token_logprobs_val"
     ),
     "srt.managers.io_struct.TokenizedGenerateReqInput": (
-        "input_ids mm_inputs sampling_params time_stats"
+        "input_ids mm_inputs sampling_params time_stats routed_dp_rank extra_key lora_id"
+    ),
+    "srt.managers.data_parallel_controller.DataParallelController": (
+        "server_args workers scheduler_procs _request_dispatcher"
+    ),
+    "srt.managers.load_snapshot.LoadSnapshot": (
+        "timestamp dp_rank num_waiting_reqs num_running_reqs"
     ),
     "srt.managers.utils.GenerationBatchResult": (
         "copy_done logits_output extend_logprob_start_len_per_req"
@@ -70,7 +76,7 @@ READ_FROM_OBJECTS = {
     ),
     "srt.managers.tokenizer_manager.TokenizerManager": (
         "generate_request get_internal_state flush_cache freeze_gc _send_batch_request "
-        "_tokenize_texts _dispatch_to_scheduler"
+        "_tokenize_texts _dispatch_to_scheduler load_snapshot_reader"
     ),
     "srt.entrypoints.openai.serving_base.OpenAIServingBase": "handle_request",
     "lang.interpreter.StreamExecutor": (

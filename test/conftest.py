@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,19 @@ def forgetful_engine(tiny_model: Path) -> Iterator[Any]:
 
     keep_no_rows(Forgetful)
     yield from _engine(tiny_model, Forgetful, batchllm=True, max_total_tokens=AMPLE)
+
+
+@pytest.fixture(scope="session")
+def replicated_engine(tiny_model: Path) -> Iterator[Any]:
+    """Two replicas. SGLang 0.5.23 wants to be told of a core for each on a CPU."""
+    cores = sorted(os.sched_getaffinity(0))
+    starting = _engine(tiny_model, batchllm=True, dp_size=2, max_total_tokens=AMPLE)
+    with pytest.MonkeyPatch.context() as patch:
+        if version("sglang") != "0.5.17":
+            patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+        engine = next(starting)
+    yield engine
+    next(starting, None)
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,6 @@ def test_another_sglang_version_works_without_the_flag(commands):
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode"),
         ({"pp_size": 2}, "--pp-size"),
-        ({"dp_size": 2}, "--dp-size"),
         ({"enable_session_radix_cache": True}, "--enable-session-radix-cache"),
         ({"disable_radix_cache": True}, "--disable-radix-cache"),
         ({"schedule_policy": "lpm"}, "--schedule-policy"),

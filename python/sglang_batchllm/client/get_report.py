@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import requests
 
 from sglang_batchllm.client.exchange import in_process_server
+from sglang_batchllm.policy.shards import merged
 from sglang_batchllm.wire.paths import REPORT_PATH
 
 if TYPE_CHECKING:
@@ -50,10 +51,11 @@ def get_report(source: str | Runtime | Describes, api_key: str | None = None) ->
 
 
 def report_in(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The report among the internal states of SGLang's schedulers."""
+    """The report among the internal states of SGLang's schedulers, one of each replica."""
     if "batchllm_report" not in states[0]:
         raise ValueError("no batch report: the engine runs without batchllm=True")
-    return states[0]["batchllm_report"]
+    reports = [state["batchllm_report"] for state in states]
+    return reports[0] if len(reports) == 1 else merged(reports)
 
 
 def _fetch(url: str, api_key: str | None, verify: bool | str) -> dict[str, Any]:

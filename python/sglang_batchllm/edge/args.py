@@ -219,7 +219,7 @@ _UNSUPPORTED_FLAGS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("--dllm-algorithm", lambda a: a.dllm_algorithm is not None, "serve it without --batchllm"),
     ("--is-embedding", lambda a: a.is_embedding, "serve it without --batchllm"),
     ("--pp-size above 1", lambda a: a.pp_size > 1, "use --tp-size instead"),
-    ("--dp-size above 1", lambda a: a.dp_size > 1, "start one server per replica instead"),
+    ("--dwdp-size above 1", lambda a: a.dwdp_size > 1, "use --dp-size instead"),
     ("--enable-dp-attention", lambda a: a.enable_dp_attention, "leave it out"),
     ("--attn-cp-size above 1", lambda a: a.attn_cp_size > 1, "use --tp-size instead"),
     ("--dcp-size above 1", lambda a: a.dcp_size > 1, "use --tp-size instead"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
@@ -58,7 +58,13 @@ class BatchLLMTokenizerManager(ListIntake):
         later = self.registry.later_turn(rid)
         if later is not None:
             turns = {rid: ("later", later.program)}
-            self._dispatch_to_scheduler(NameTurns(batch=later.batch, turns=turns))
+            if self.replicas is not None:
+                tokenized.routed_dp_rank = self.replicas.home(later.batch, later.program)
+            replica = tokenized.routed_dp_rank
+            if self.replicas is None or replica is not None:
+                self._dispatch_to_scheduler(
+                    NameTurns(batch=later.batch, turns=turns, replica=replica)
+                )
         return super().due(tokenized)
 
 
@@ -111,12 +117,21 @@ class Front:
         turns: dict[str, tuple[str, int]],
         yields: bool,
     ) -> None:
-        self._manager._dispatch_to_scheduler(NameTurns(batch=batch, turns=turns, yields=yields))
-        await self._manager.send_list([*requests])
+        manager = self._manager
+        replicas = manager.replicas
+        told: Iterable[NameTurns] = [NameTurns(batch=batch, turns=turns, yields=yields)]
+        if replicas is not None:
+            await replicas.spread(requests)
+            told = replicas.turns(batch, turns, yields, requests)
+        for message in told:
+            manager._dispatch_to_scheduler(message)
+        await manager.send_list([*requests])
         for request in requests:
             request.input_ids = None  # SGLang keeps the request until it is answered
 
     def release(self, batch: str, programs: dict[int, bool] | None = None) -> None:
+        if programs is None and self._manager.replicas is not None:
+            self._manager.replicas.forget(batch)
         self._manager._dispatch_to_scheduler(ReleaseTexts(batch=batch, programs=programs))
 
     async def expect_many(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -20,9 +21,11 @@ from sglang.srt.managers.io_struct import (
 
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.args import resolved
+from sglang_batchllm.edge.levelling import Levelling
 from sglang_batchllm.edge.messages import AbortList
-from sglang_batchllm.edge.packing import end_of_list, packed
+from sglang_batchllm.edge.packing import PackedList, end_of_list, packed
 from sglang_batchllm.edge.parting import Sent, comes_in_parts, opening_of
+from sglang_batchllm.edge.replicas import Replicas
 from sglang_batchllm.edge.samples import SampledLists, nothing
 from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.server.handover import SLICE, TEXT_SLICE, let_others_in
@@ -51,6 +54,18 @@ class ListIntake(SampledLists):
         self._aborts: list[AbortReq] = []
         self._parts: dict[str, Part] = {}  # about to be sent, by the id of the first request
         self._expects_many = False
+        arguments = resolved(self.server_args)
+        self.replicas: Replicas | None = None
+        self._levelling: Levelling | None = None
+        if arguments.dp_size > 1:
+            self.replicas = Replicas(
+                arguments.dp_size, arguments.page_size, lambda rid: rid in self.rid_to_state
+            )
+            self._levelling = Levelling(
+                self.replicas,
+                super()._dispatch_to_scheduler,
+                lambda: self.load_snapshot_reader.read_all(),
+            )
 
     async def expect_many(self) -> None:
         """The scheduler, too, sets aside what lives before the first of them come."""
@@ -89,7 +104,7 @@ class ListIntake(SampledLists):
             self._validate_batch_tokenization_constraints(batch_size, obj)
         if batch_size >= SLICE:
             await self.expect_many()
-        if comes_in_parts(obj, batch_size):
+        if self.replicas is None and comes_in_parts(obj, batch_size):
             prompts: Any = obj.text or obj.input_ids
             if first := opening_of(prompts):
                 return await self._send_in_parts(batch_size, obj, first)
@@ -98,6 +113,8 @@ class ListIntake(SampledLists):
             tokenized += await self._tokenized(part)
             if len(tokenized) < batch_size:  # what is ready leaves at once
                 await let_others_in()
+        if self.replicas is not None:
+            await self.replicas.spread(tokenized)
         return tokenized
 
     async def _tokenized(self, part: Sequence[Any]) -> list[Any]:
@@ -186,6 +203,12 @@ class ListIntake(SampledLists):
             raise ValueError("input_ids cannot be empty.")
         return tokenized
 
+    def due(self, tokenized: Any) -> list[Any]:
+        ready = super().due(tokenized)
+        if self.replicas is not None and len(ready) > 1:
+            self.replicas.spread_now(ready)
+        return ready
+
     # From the scheduler to the caller
 
     def _wait_one_response(self, obj: Any, request: Any = None) -> Any:
@@ -240,19 +263,41 @@ class ListIntake(SampledLists):
             self._aborts.append(obj)
         else:
             self._send_aborts()
-            super()._dispatch_to_scheduler(self._packed(obj))
+            if isinstance(obj, AbortReq) and self._levelling is not None:
+                self._levelling.let_go(None)
+            for message in self._packed(obj):
+                super()._dispatch_to_scheduler(message)
 
     async def _async_dispatch_to_scheduler(self, obj: Any) -> None:
         self._send_aborts()
-        await super()._async_dispatch_to_scheduler(self._packed(obj))
+        for message in self._packed(obj):
+            await super()._async_dispatch_to_scheduler(message)
 
-    def _packed(self, obj: Any) -> Any:
-        if isinstance(obj, BatchTokenizedGenerateReqInput):
-            return packed(obj, self._parts.pop(str(obj.batch[0].rid), None))
-        return obj
+    def _packed(self, obj: Any) -> Iterator[Any]:
+        if not isinstance(obj, BatchTokenizedGenerateReqInput):
+            yield obj
+        elif self.replicas is None:
+            yield packed(obj, self._parts.pop(str(obj.batch[0].rid), None))
+        else:
+            for requests, shard, held in self.replicas.shards(obj.batch):
+                if shard is None:
+                    yield requests[0]
+                    continue
+                batch = copy.copy(obj)
+                batch.batch = requests
+                message = packed(batch, shard=shard)
+                rids = [str(request.rid) for request in requests]
+                if held and self._levelling is not None and isinstance(message, PackedList):
+                    self._levelling.hold(message, rids)
+                    continue
+                if held and (told := self.replicas.move(rids, shard.replica)) is not None:
+                    yield told
+                yield message
 
     def _send_aborts(self) -> None:
         aborts, self._aborts = self._aborts, []
+        if aborts and self._levelling is not None:
+            self._levelling.let_go([abort.rid or "" for abort in aborts], whole=len(aborts) > 1)
         if len(aborts) == 1:
             super()._dispatch_to_scheduler(aborts[0])
         elif aborts:

@@ -10,12 +10,14 @@ class NameTurns(BaseReq, kw_only=True):
     in a client's hands carry no rights.
 
     turns: for each request id the turn ("once" if nothing continues its text, "first", or "later"
-    for one that came by itself) and the program that asks. yields: all others go first.
+    for one that came by itself) and the program that asks. yields: all others go first. replica:
+    to which they go, where there are several.
     """
 
     batch: str
     turns: dict[str, tuple[str, int]]
     yields: bool = False
+    replica: int | None = None
 
 
 class ReleaseTexts(BaseReq, kw_only=True):

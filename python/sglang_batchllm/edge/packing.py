@@ -19,6 +19,7 @@ from sglang.srt.managers.io_struct import (
 )
 
 from sglang_batchllm.policy.parts import Part
+from sglang_batchllm.policy.shards import Shard
 
 APART = ("sampling_params", "time_stats")
 """Fields of which each request needs an object of its own: the scheduler writes to it."""
@@ -29,7 +30,8 @@ class PackedList(BaseReq, kw_only=True):
 
     tokens: the token ids of all prompts, one after the other, of the NumPy type `dtype`. lengths:
     of each prompt. common: the value of a field that is equal for all. columns: the values of the
-    others, one for each request. part: of a list that comes in several.
+    others, one for each request. part: of a list that comes in several. shard: of one that goes to
+    several replicas.
     """
 
     tokens: bytes
@@ -38,13 +40,15 @@ class PackedList(BaseReq, kw_only=True):
     common: dict[str, Any]
     columns: dict[str, list[Any]]
     part: Part | None = None
+    shard: Shard | None = None
 
 
 def packed(
-    batch: BatchTokenizedGenerateReqInput, part: Part | None = None
+    batch: BatchTokenizedGenerateReqInput, part: Part | None = None, shard: Shard | None = None
 ) -> PackedList | BatchTokenizedGenerateReqInput:
     """The list in less space; as it is where prompts are more than token ids, or where messages are
-    no pickles. part: of a longer list, for which neither is the case."""
+    no pickles. part: of a longer list, for which neither is the case. shard: of one that goes to
+    several replicas."""
     requests: list[TokenizedGenerateReqInput] = batch.batch
     if not _USE_PICKLE_IPC:
         return batch
@@ -75,6 +79,7 @@ def packed(
         common=common,
         columns=columns,
         part=part,
+        shard=shard,
     )
 
 

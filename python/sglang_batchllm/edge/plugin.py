@@ -101,20 +101,42 @@ def _add_scheduler() -> None:
     _apply_hooks()
 
 
+def _add_routing() -> None:
+    """Between front end and replicas; SGLang's own while the flag is off."""
+    from sglang_batchllm.edge.routing import know_lists, pass_on_list
+
+    for name, wrapper in {
+        "srt.managers.data_parallel_controller.DataParallelController.init_dispatcher": (
+            functools.partial(know_lists, _know_messages)
+        ),
+        "srt.managers.data_parallel_controller.DataParallelController.dispatch_batch_generate": (
+            pass_on_list
+        ),
+    }.items():
+        _hook("around", name, wrapper)
+    _apply_hooks()
+
+
+def _know_messages() -> None:
+    """Ours are among those that the process understands."""
+    from sglang.srt.managers.io_struct import hook_custom_types
+
+    from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
+
+    hook_custom_types(NameTurns, ReleaseTexts, AbortList)
+
+
 @functools.cache
 def extend_runtime() -> None:
     """In a scheduler process, once the flag is on: admission by memory, shared mixed batches,
     packed queries, shared logprobs, and our messages among those that it understands."""
-    from sglang.srt.managers.io_struct import hook_custom_types
-
     from sglang_batchllm.edge import seams
     from sglang_batchllm.edge.adder import ForecastPrefillAdder
-    from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
     from sglang_batchllm.edge.mixed import select_backend
     from sglang_batchllm.edge.queries import forward_with_packed_queries
     from sglang_batchllm.edge.scoring import limit_prefix, score_rows
 
-    hook_custom_types(NameTurns, ReleaseTexts, AbortList)
+    _know_messages()
     adder = seams.load("adder").REPLACED
     if adder is not None:
         _hook("replace", adder, ForecastPrefillAdder)
@@ -203,6 +225,8 @@ _FOLLOWED: dict[str, Callable[[], None]] = {
     "sglang.srt.layers.attention.attention_registry": _add_attention,
     "sglang.srt.managers.scheduler": lambda: _import("scheduler"),
     "sglang_batchllm.edge.scheduler": _add_scheduler,
+    "sglang.srt.managers.data_parallel_controller": lambda: _import("routing"),
+    "sglang_batchllm.edge.routing": _add_routing,
     "sglang.srt.entrypoints.http_server": _extend_http_server,
     "sglang.lang.backend.runtime_endpoint": _extend_language,
 }

@@ -30,6 +30,7 @@ from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.policy.requests import Turn
 from sglang_batchllm.policy.scored import was_scored
+from sglang_batchllm.policy.shards import Shard
 from sglang_batchllm.policy.step import Arrival, Decision, Limits, View
 from sglang_batchllm.server.handover import SLICE
 
@@ -101,6 +102,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._part: Part | None = None  # that is received
         self._part_line = PartLine()
         self._garbage = Garbage()
+        self._shard: Shard | None = None  # the same
         self._turns: dict[str, Turn] = {}  # of requests that are announced and have yet to come
         self._seen_forward_ct = 0
         self._snapshot_time = 0.0
@@ -133,12 +135,12 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._policy.release_texts(recv_req.batch, recv_req.programs)
 
     def packed_list_arrived(self, recv_req: PackedList) -> None:
-        self._part = recv_req.part
+        self._part, self._shard = recv_req.part, recv_req.shard
         try:
             with self._garbage.made_for_long():
                 self.handle_batch_generate_request(unpacked(recv_req))
         finally:
-            self._part = None
+            self._part = self._shard = None
 
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **options: Any) -> None:
         super().handle_generate_request(recv_req, **options)
@@ -156,7 +158,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         place = {tokenized.rid: index for index, tokenized in enumerate(recv_req)}
         requests = queued + self.grammar_manager.grammar_queue[compiling:]
         requests.sort(key=lambda req: place[req.rid])
-        self._policy.list_arrived([self._arrival(req) for req in requests], queued, self._part)
+        arrivals = [self._arrival(req) for req in requests]
+        self._policy.list_arrived(arrivals, queued, self._part, self._shard)
         for rid in place:
             self._turns.pop(str(rid), None)
 

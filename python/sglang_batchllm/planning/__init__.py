@@ -6,6 +6,7 @@ a planned batch over several engines.
 
 from sglang_batchllm.planning.pages import floor_to_page
 from sglang_batchllm.planning.partition import Costs, Partition, evaluate, partition
+from sglang_batchllm.planning.pieces import pieces_of
 from sglang_batchllm.planning.plan import BatchPlan, PrefixGroups, plan_batch
 from sglang_batchllm.planning.prefix_tree import PrefixTree
 from sglang_batchllm.planning.summary import PlanReport
@@ -23,5 +24,6 @@ __all__ = [
     "evaluate",
     "floor_to_page",
     "partition",
+    "pieces_of",
     "plan_batch",
 ]

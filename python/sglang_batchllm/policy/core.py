@@ -32,6 +32,7 @@ from sglang_batchllm.policy.paths import SharedPath
 from sglang_batchllm.policy.pins import ROOT
 from sglang_batchllm.policy.requests import End, Request
 from sglang_batchllm.policy.rows import RowMemory
+from sglang_batchllm.policy.shards import Shard
 from sglang_batchllm.policy.step import Arrival, Decision, Limits, View
 from sglang_batchllm.policy.store import Store
 from sglang_batchllm.policy.texts import HeldTexts
@@ -72,13 +73,18 @@ class BatchPolicy:
     # Arrivals
 
     def list_arrived(
-        self, arrivals: Sequence[Arrival], queued: Iterable[Request], part: Part | None = None
+        self,
+        arrivals: Sequence[Arrival],
+        queued: Iterable[Request],
+        part: Part | None = None,
+        shard: Shard | None = None,
     ) -> None:
         """The requests of one call, to be planned together.
 
         queued: those of them that can run; the grammar of the others is being compiled, and they
         arrive later. A list of one is no batch, and counts as a lone request.
         part: these are not all, or not the first; nobody asks for logprobs of prompts then.
+        shard: other schedulers have others; one request is a list then, too.
         """
         members = [self._note(arrival) for arrival in arrivals]
         together = [
@@ -88,8 +94,8 @@ class BatchPolicy:
             if member.turn is not None and member.turn.kind == "first":
                 self.texts.expect(member.turn.batch)
         parted = None if part is None else self._parts.add(part, together)
-        if parted is None and len(together) > 1:
-            self._plan(together, True)
+        if parted is None and len(together) > (shard is None):
+            self._plan(together, True, shard=shard)
         shareable = {id(member) for member in together}
         for request in queued:
             member = member_of(request)
@@ -124,7 +130,11 @@ class BatchPolicy:
         return note(arrival.request, arrival.turn, arrival.ask)
 
     def _plan(
-        self, members: Sequence[Member], whole: bool, instead_of: Batch | None = None
+        self,
+        members: Sequence[Member],
+        whole: bool,
+        instead_of: Batch | None = None,
+        shard: Shard | None = None,
     ) -> Batch:
         batch = Batch(
             members,
@@ -136,7 +146,7 @@ class BatchPolicy:
             self._ledger.pinned,
             self._row_memory,
         )
-        self._ledger.planned(batch, instead_of)
+        self._ledger.planned(batch, instead_of, shard)
         return batch
 
     def _plan_parts(self) -> list[Request]:

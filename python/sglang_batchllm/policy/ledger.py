@@ -18,6 +18,7 @@ from sglang_batchllm.policy.report import (
     prompt_tokens_run,
 )
 from sglang_batchllm.policy.requests import End, Request
+from sglang_batchllm.policy.shards import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,11 @@ class Ledger:
         self._busy.set(True)
         self._total.add_arrived(1, len(request.origin_input_ids))
 
-    def planned(self, batch: Batch, instead_of: Batch | None = None) -> None:
-        """instead_of: an earlier plan of the same list."""
-        entry = _List(batch, BatchReport(), self._peaks.now)
+    def planned(
+        self, batch: Batch, instead_of: Batch | None = None, shard: Shard | None = None
+    ) -> None:
+        """instead_of: an earlier plan of the same list. shard: of a list that others have, too."""
+        entry = _List(batch, BatchReport(shard=shard), self._peaks.now)
         if instead_of is not None:
             entry = self._lists.pop(instead_of.number)._replace(batch=batch)
             self._total.drop_plan(instead_of.plan)

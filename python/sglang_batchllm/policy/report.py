@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang_batchllm.planning import BatchPlan
 from sglang_batchllm.policy.requests import End, Request
+from sglang_batchllm.policy.shards import Shard
 
 
 @dataclass
@@ -87,6 +88,7 @@ class BatchReport(Report):
     distinct_tokens: prompt tokens that must be computed when none is computed twice, by the plan;
     what an earlier list left in the cache makes `computed_tokens` less. peak_kv_tokens: most KV in
     use that nothing could evict, other requests' included. started, ended: seconds since 1970.
+    shard: these are, where the list goes to several replicas.
     """
 
     distinct_tokens: int = 0
@@ -95,6 +97,7 @@ class BatchReport(Report):
     prefix_len_quantiles: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
     ended: float | None = None
+    shard: Shard | None = None
 
     def add_plan(self, plan: BatchPlan) -> None:
         super().add_plan(plan)
@@ -108,7 +111,9 @@ class BatchReport(Report):
         self.add_arrived(-plan.report.requests, -plan.report.prompt_tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        return self.facts((self.ended or time.time()) - self.started)
+        facts = self.facts((self.ended or time.time()) - self.started)
+        shard = facts.pop("shard")
+        return facts if shard is None else facts | {"shard": shard._asdict()}
 
     def __str__(self) -> str:
         facts = self.to_dict()

@@ -141,7 +141,8 @@ def add_routes(app: FastAPI, registry: Callable[[], Registry]) -> None:
 async def limits(front: FrontEnd) -> dict[str, int]:
     """What a client has to know of the server."""
     states = await front.internal_states()
-    return {"max_running_requests": states[0]["effective_max_running_requests_per_dp"]}
+    running = sum(state["effective_max_running_requests_per_dp"] for state in states)
+    return {"max_running_requests": running}
 
 
 async def _answers(handover: HandOver) -> AsyncIterator[bytes]:
