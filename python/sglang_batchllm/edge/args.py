@@ -163,8 +163,6 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
         kind = None
         if not model.is_generation:
             kind = "an embedding or reward model"
-        elif model.is_hybrid_swa:
-            kind = "a hybrid sliding-window model"
         elif model.is_encoder_decoder:
             kind = "an encoder-decoder model"
         elif has_recurrent_state(model):

@@ -17,6 +17,7 @@ from sglang_batchllm.policy.admission.lanes import Lanes
 from sglang_batchllm.policy.admission.lookahead import Lookahead
 from sglang_batchllm.policy.admission.outputs import OutputLengths, hinted_output
 from sglang_batchllm.policy.admission.running import Running
+from sglang_batchllm.policy.admission.window_forecast import WindowForecast
 from sglang_batchllm.policy.batch import Batch, Member, forget, member_of, note
 from sglang_batchllm.policy.intake import Intake
 from sglang_batchllm.policy.ledger import Ledger
@@ -130,6 +131,7 @@ class BatchPolicy:
             -1 if whole else self._gathered_row,
             self._ledger.pinned,
             self._row_memory,
+            None if self._limits.windows is None else self._limits.windows.window,
         )
         self._ledger.planned(batch, instead_of)
         return batch
@@ -172,6 +174,11 @@ class BatchPolicy:
     def pinned_tokens(self) -> int:
         """Tokens held by pins, of all batches."""
         return self._ledger.pinned_tokens
+
+    @property
+    def pinned_in_windows(self) -> int:
+        """Those of them that are held in the window pool."""
+        return self._ledger.pinned_in_windows
 
     # Programs
 
@@ -225,6 +232,7 @@ class BatchPolicy:
             forecast,
             self._intake.batches_waiting(),
             self._gathered_row,
+            self._window_forecast(view),
         )
         chosen = self._lanes.choose(
             lookahead,
@@ -234,6 +242,13 @@ class BatchPolicy:
             view.max_requests,
         )
         return chosen, forecast.refused
+
+    def _window_forecast(self, view: View) -> WindowForecast | None:
+        pool = self._limits.windows
+        if pool is None:
+            return None
+        used = pool.capacity - view.window_available + min(view.chunk_left, pool.window)
+        return WindowForecast(pool, used, self._ledger.pinned_in_windows)
 
     def _give_up_idle_texts(self, view: View) -> None:
         """Where held texts keep everything else from running, they go one by one."""
@@ -256,7 +271,10 @@ class BatchPolicy:
             return False
         tokens = view.chunk_left + sum(map(tokens_to_prefill, self._chosen))
         slack = self._limits.page_size * (len(self._chosen) + 1)
-        return view.available >= min(tokens, self._limits.chunk) + slack + view.decode_tokens
+        available = view.available
+        if self._limits.windows is not None:
+            available = min(available, view.window_available)
+        return available >= min(tokens, self._limits.chunk) + slack + view.decode_tokens
 
     def launched(self, prefilled: Sequence[tuple[Request, int]], idle: bool) -> None:
         """The next step prefills these requests, if any, each of which had so many prompt tokens in

@@ -53,6 +53,9 @@ class RowKeeper(Protocol):
 class PinnedTree:
     """The state of every shared node of one plan.
 
+    Where layers see only a window, a prefix can be gone on with only while the window before its
+    end is there. So there each READY node has a pin of its own, which holds just that.
+
     pinned_tokens: tokens of all READY nodes that somebody still needs.
     times_relaxed: how often pins were given up, see `relax`.
     scoring: told of every change, where requests ask for logprobs of their prompts.
@@ -60,11 +63,19 @@ class PinnedTree:
 
     scoring: RowKeeper | None = None
 
-    def __init__(self, plan: BatchPlan, store: Store, count: Callable[[int], None]):
-        """count: told how many tokens more are pinned, or fewer."""
+    def __init__(
+        self,
+        plan: BatchPlan,
+        store: Store,
+        count: Callable[[int, int], None],
+        window: int | None = None,
+    ):
+        """count: told how many tokens more are pinned, or fewer, and of those in the window pool.
+        window: tokens before its end that a prefix needs there, None without such a pool."""
         tree = plan.tree
         self._store = store
         self._count = count
+        self._window = window
         self.parent: list[int] = tree.parent.tolist()
         self.depth: list[int] = usable_depth(tree, plan.page_size).tolist()
         self._state = bytearray(tree.num_nodes)
@@ -131,11 +142,33 @@ class PinnedTree:
             return
         request = member.request
         cached = self._store.cached(request.origin_input_ids, request.extra_key)
+        if self._window is not None:
+            cached = self._whole(member, cached)
         if member.lead is not None:  # who has left it there has left no rows
             cached = min(cached, member.lead.ask.start)
         if cached > self.depth[self.parent[member.claimed[0]]]:
             member.matched = cached
             self.publish(member, cached)
+
+    def _whole(self, member: Leader, cached: int) -> int:
+        """Of so many cached tokens, those down to the last node of a leader up to which each has
+        its window."""
+        request, whole = member.request, 0
+        for node in member.claimed:
+            depth = self.depth[node]
+            if depth > cached:
+                break
+            if self._store.cached(request.origin_input_ids[:depth], request.extra_key) < depth:
+                break
+            whole = depth
+        return whole
+
+    def computes_from(self, member: Leader) -> int | None:
+        """Where a leader has to begin, so that all that it claims gets windows; None for where the
+        cache ends."""
+        if self._window is None or not member.claimed:
+            return None
+        return self.depth[self.parent[member.claimed[0]]]
 
     def unclaim(self, member: Leader) -> None:
         """Give up what the member was to compute and has not."""
@@ -158,8 +191,9 @@ class PinnedTree:
         member.claimed = member.claimed[len(ready) :]
         if self.scoring is not None:
             self.scoring.published(member, ready)
-        self._pin(ready[-1], member)
-        self._add_pinned(self.depth[ready[-1]] - above)
+        for node in ready[-1:] if self._window is None else ready:
+            self._pin(node, member)
+        self._add_pinned(ready, 1)
 
     def finish(self, member: Leader, free: bool, last_use: bool) -> None:
         """The member needs its prefixes no more; let go of those that nobody needs.
@@ -184,8 +218,7 @@ class PinnedTree:
             if node in self._pins:
                 keep = max(self.depth[survivor], self._foreign.get(node, 0)) if free else None
                 self._store.unpin(self._pins.pop(node), self.depth[node], keep, last_use)
-        if ready:
-            self._add_pinned(self.depth[survivor] - self.depth[ready[0]])
+        self._add_pinned(ready, -1)
 
     def relax(self, member: Leader | None) -> int:
         """Leave every pin that is not on the member's path to the cache's own eviction, so that
@@ -211,7 +244,7 @@ class PinnedTree:
                 self._relaxed.add(node)
                 if self.scoring is not None:
                     self.scoring.let_go(node)
-                self._add_pinned(self.depth[self.parent[node]] - self.depth[node])
+                self._add_pinned([node], -1)
         return before - self.pinned_tokens
 
     def _pin(self, node: int, member: Leader) -> None:
@@ -221,6 +254,24 @@ class PinnedTree:
                 request.origin_input_ids, request.extra_key, self.depth[node]
             )
 
-    def _add_pinned(self, tokens: int) -> None:
+    def window_tokens(self, nodes: Iterable[int]) -> int:
+        """Tokens that pins of these nodes add to those of the nodes above, in the window pool."""
+        window = self._window
+        if window is None:
+            return 0
+        return sum(min(self.depth[node] - self.depth[self.parent[node]], window) for node in nodes)
+
+    def cold_window_tokens(self, member: Leader) -> int:
+        """`window_tokens` of the COLD nodes on the member's path."""
+        if self._window is None:
+            return 0
+        node, cold = member.home, []
+        while self._state[node] != READY:
+            cold.append(node)
+            node = self.parent[node]
+        return self.window_tokens(cold)
+
+    def _add_pinned(self, nodes: list[int], sign: int) -> None:
+        tokens = sign * sum(self.depth[node] - self.depth[self.parent[node]] for node in nodes)
         self.pinned_tokens += tokens
-        self._count(tokens)
+        self._count(tokens, sign * self.window_tokens(nodes))
