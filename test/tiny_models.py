@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from tiny_model import train_tokenizer
 
@@ -31,6 +32,7 @@ def _gemma2() -> Any:
 
     return Gemma2Config(
         **_SIZES,
+        hidden_act="gelu_pytorch_tanh",  # SGLang reads the older of its two names
         head_dim=16,
         query_pre_attn_scalar=16,
         sliding_window=WINDOW,
@@ -62,6 +64,8 @@ def _gemma4() -> Any:
         sliding_window=WINDOW,
         layer_types=_LAYER_TYPES,
         hidden_size_per_layer_input=0,
+        swa_head_dim=16,  # as SGLang derives them from a whole Gemma4Config
+        swa_num_key_value_heads=2,
         num_kv_shared_layers=0,
         final_logit_softcapping=None,
     )
@@ -75,6 +79,7 @@ def _gpt_oss() -> Any:
         head_dim=16,
         num_local_experts=4,
         num_experts_per_tok=2,
+        swiglu_limit=7.0,
         sliding_window=WINDOW,
         layer_types=_LAYER_TYPES,
     )
@@ -120,6 +125,16 @@ def _deepseek_v2() -> Any:
         n_group=1,
         topk_group=1,
         topk_method="greedy",
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 40.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
     )
 
 
@@ -151,18 +166,28 @@ def _qwen3() -> Any:
     return Qwen3Config(**_SIZES, head_dim=16)
 
 
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "Gemma 2": _gemma2,
-    "Gemma 3": _gemma3,
-    "Gemma 4": _gemma4,
-    "gpt-oss": _gpt_oss,
-    "Mellum": _mellum,
-    "Qwen3": _qwen3,
-    "Mistral": _mistral,
-    "Qwen3-MoE": _qwen3_moe,
-    "Mixtral": _mixtral,
-    "DeepSeek-V2": _deepseek_v2,
+class Family(NamedTuple):
+    """config: of a tiny model. options: that an engine needs to run it on a CPU."""
+
+    config: Callable[[], Any]
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+FAMILIES = {
+    "Qwen3": Family(_qwen3),
+    "Mistral": Family(_mistral),
+    "Gemma 2": Family(_gemma2),
+    "Gemma 3": Family(_gemma3),
+    "Gemma 4": Family(_gemma4),
+    "gpt-oss": Family(_gpt_oss, {"moe_runner_backend": "triton"}),
+    "Mellum": Family(_mellum),
+    "Qwen3-MoE": Family(_qwen3_moe),
+    "Mixtral": Family(_mixtral),
+    "DeepSeek-V2": Family(_deepseek_v2),
 }
+
+WINDOWED = ["Mellum", "gpt-oss", "Gemma 4"]
+"""Those for which SGLang has a pool of its own for sliding-window layers."""
 
 
 def make_model(family: str, folder: Path, vocab_size: int, context_length: int) -> Path:
@@ -173,7 +198,7 @@ def make_model(family: str, folder: Path, vocab_size: int, context_length: int) 
 
     logging.disable_progress_bar()
     train_tokenizer(folder, [__doc__ or ""], vocab_size)
-    config = FAMILIES[family]()
+    config = FAMILIES[family].config()
     config.vocab_size = vocab_size
     config.max_position_embeddings = context_length
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from sglang.srt.utils import get_bool_env_var
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.model_kind import has_recurrent_state, is_mla, prefill_is_compiled
 from sglang_batchllm.edge.names import ATTENTION_BACKEND, CACHE_BACKEND
+from sglang_batchllm.edge.platform import cpu
 from sglang_batchllm.server.batches import directory
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
             self.radix_cache_backend = CACHE_BACKEND
 
     def after_resolution(self) -> None:
+        if cpu.is_active() and seam.resolved(self).attention_backend != cpu.ATTENTION:
+            seam.set_attention_backend(self, cpu.ATTENTION)  # some models ask for kernels of a GPU
         if self.batchllm and self.model_path.lower() not in ("none", "dummy"):
             self._refuse_unsupported_model()
             if self._wants_fused_attention():

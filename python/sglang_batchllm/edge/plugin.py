@@ -93,9 +93,10 @@ def _add_attention() -> None:
 
 
 def _add_cpu_attention() -> None:
+    from sglang_batchllm.edge.platform import cpu
     from sglang_batchllm.edge.platform.attention import CpuAttention
 
-    if _on_cpu_platform():
+    if cpu.is_active():
         _hook(
             "replace",
             "srt.layers.attention.torch_native_backend.TorchNativeAttnBackend",
@@ -106,19 +107,12 @@ def _add_cpu_attention() -> None:
 
 def _add_cpu_pools() -> None:
     from sglang_batchllm.edge import seams
+    from sglang_batchllm.edge.platform import cpu
 
-    if _on_cpu_platform():
+    if cpu.is_active():
         for target, wrapper in seams.load("platform").HOOKS.items():
             _hook("around", target, wrapper)
         _apply_hooks()
-
-
-def _on_cpu_platform() -> bool:
-    from sglang.srt.platforms import current_platform
-
-    from sglang_batchllm.edge.platform.cpu import CpuReferencePlatform
-
-    return isinstance(current_platform, CpuReferencePlatform)
 
 
 def _add_scheduler() -> None:

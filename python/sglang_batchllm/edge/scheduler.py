@@ -240,6 +240,10 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             self._enter_groups(self._group_table, reqs)
         if decision.requests and batch is None and idle:
             plan.running_batch.batch_is_full = False
+        if self._sliding is not None and batch is None and plan.running_batch.is_empty():
+            parked = self._sliding.parked()
+            if parked is not None:
+                self._policy.make_way(parked)
         return plan
 
     def _build(self, running_batch: ScheduleBatch, decision: Decision) -> NextBatchPlan:

@@ -25,6 +25,7 @@ class Sliding:
         self._cache = cache
         self._chunked: Req | None = None
         self._computed = 0
+        self._parked = False
 
     def behind_chunk(self, req: Req | None) -> None:
         """To be called each step. req: that is prefilled in chunks."""
@@ -32,7 +33,14 @@ class Sliding:
         if req is not None and req is self._chunked:
             # A chunk in flight began where the one before ended, and reads the window from there.
             self._cache.slide(req, self._computed)
+            self._parked = computed == self._computed
+        else:
+            self._parked = False
         self._chunked, self._computed = req, computed
+
+    def parked(self) -> Req | None:
+        """That request, if its last chunk is done and the next one has not begun."""
+        return self._chunked if self._parked else None
 
     def behind(self, decoding: Iterable[Req]) -> None:
         """Of requests that decode, all that can be given back."""

@@ -22,7 +22,9 @@ from sglang_batchllm.policy.pins import ROOT, PinnedTree
 from sglang_batchllm.policy.requests import Request, Turn
 from sglang_batchllm.policy.rows import Ask, Lead, RowMemory
 from sglang_batchllm.policy.scoring import Scoring
+from sglang_batchllm.policy.step import WindowPool
 from sglang_batchllm.policy.waiting import Waiting
+from sglang_batchllm.policy.windowed import WindowedTree
 
 if TYPE_CHECKING:
     from sglang_batchllm.policy.store import Store
@@ -128,11 +130,11 @@ class Batch:
         parent_row: int,
         count_pinned: Callable[[int, int], None],
         row_memory: RowMemory,
-        window: int | None = None,
+        windows: WindowPool | None = None,
     ):
         """parent_row: of `lengths`, for what is larger than the batch; -1 for nothing.
         count_pinned: told how many tokens more are pinned, or fewer. row_memory: where logprobs of
-        shared tokens are kept. window: see `PinnedTree`."""
+        shared tokens are kept. windows: see `Limits`."""
         self.number = next(_NUMBERS)
         turns = [member.turn for member in members]
         self.name = next((turn.batch for turn in turns if turn), "")
@@ -152,7 +154,11 @@ class Batch:
             outputs,
             namespaces=[request.extra_key for request in requests],
         )
-        self.pins = PinnedTree(self.plan, store, count_pinned, window)
+        self.pins = (
+            PinnedTree(self.plan, store, count_pinned)
+            if windows is None
+            else WindowedTree(self.plan, store, count_pinned, windows)
+        )
         self.outputs_differ = bool(outputs.min() < outputs.max())
         self.page_slack = page_size - 1
         self._largest_prompt = int(self.plan.prompt_lens.max()) + page_size
@@ -269,10 +275,9 @@ class Batch:
             tokens = self.own_tokens_to_compute(member) + opened
             if max_tokens < tokens and max_tokens <= nearly_full:
                 break
-            if opened:
-                in_windows = self.pins.cold_window_tokens(member)
-                if not may_open(opened, in_windows, place == first):
-                    break
+            in_windows = self.pins.window_tokens_of_cold(member)
+            if opened and not may_open(opened, in_windows, place == first):
+                break
             following = self.waiting.first(place + 1)
             if not room.admit(member, opened, following if following >= 0 else len(self.order)):
                 break

@@ -131,7 +131,7 @@ class BatchPolicy:
             -1 if whole else self._gathered_row,
             self._ledger.pinned,
             self._row_memory,
-            None if self._limits.windows is None else self._limits.windows.window,
+            self._limits.windows,
         )
         self._ledger.planned(batch, instead_of)
         return batch
@@ -337,6 +337,14 @@ class BatchPolicy:
             kept=batch.continued[index],
             at_root=batch.pins.parent[home] == ROOT,
         )
+
+    def make_way(self, request: Request) -> None:
+        """The request, whose prompt is prefilled in chunks, finds no memory for the next one, and
+        nothing else runs that would give some back."""
+        if self.texts:
+            self.texts.release_oldest()
+        else:
+            self._give_up_pins(member_of(request))
 
     def make_room(self, fits: Callable[[], bool], decoding: Sequence[Request]) -> None:
         """Let go of what is held until the next decode step fits, before the engine retracts

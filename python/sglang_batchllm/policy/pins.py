@@ -53,8 +53,7 @@ class RowKeeper(Protocol):
 class PinnedTree:
     """The state of every shared node of one plan.
 
-    Where layers see only a window, a prefix can be gone on with only while the window before its
-    end is there. So there each READY node has a pin of its own, which holds just that.
+    `windowed.WindowedTree` is the one for models with a pool for sliding-window layers.
 
     pinned_tokens: tokens of all READY nodes that somebody still needs.
     times_relaxed: how often pins were given up, see `relax`.
@@ -63,19 +62,12 @@ class PinnedTree:
 
     scoring: RowKeeper | None = None
 
-    def __init__(
-        self,
-        plan: BatchPlan,
-        store: Store,
-        count: Callable[[int, int], None],
-        window: int | None = None,
-    ):
-        """count: told how many tokens more are pinned, or fewer, and of those in the window pool.
-        window: tokens before its end that a prefix needs there, None without such a pool."""
+    def __init__(self, plan: BatchPlan, store: Store, count: Callable[[int, int], None]):
+        """count: told how many tokens more are pinned, or fewer, and of those in the window
+        pool."""
         tree = plan.tree
         self._store = store
         self._count = count
-        self._window = window
         self.parent: list[int] = tree.parent.tolist()
         self.depth: list[int] = usable_depth(tree, plan.page_size).tolist()
         self._state = bytearray(tree.num_nodes)
@@ -141,34 +133,22 @@ class PinnedTree:
         if not member.claimed:
             return
         request = member.request
-        cached = self._store.cached(request.origin_input_ids, request.extra_key)
-        if self._window is not None:
-            cached = self._whole(member, cached)
+        cached = self._whole(
+            member, self._store.cached(request.origin_input_ids, request.extra_key)
+        )
         if member.lead is not None:  # who has left it there has left no rows
             cached = min(cached, member.lead.ask.start)
         if cached > self.depth[self.parent[member.claimed[0]]]:
             member.matched = cached
             self.publish(member, cached)
 
-    def _whole(self, member: Leader, cached: int) -> int:
-        """Of so many cached tokens, those down to the last node of a leader up to which each has
-        its window."""
-        request, whole = member.request, 0
-        for node in member.claimed:
-            depth = self.depth[node]
-            if depth > cached:
-                break
-            if self._store.cached(request.origin_input_ids[:depth], request.extra_key) < depth:
-                break
-            whole = depth
-        return whole
-
     def computes_from(self, member: Leader) -> int | None:
-        """Where a leader has to begin, so that all that it claims gets windows; None for where the
-        cache ends."""
-        if self._window is None or not member.claimed:
-            return None
-        return self.depth[self.parent[member.claimed[0]]]
+        """Where a leader has to begin; None for where the cache ends."""
+        return None
+
+    def window_tokens_of_cold(self, member: Leader) -> int:
+        """What pins of the COLD nodes on the member's path would take of the window pool."""
+        return 0
 
     def unclaim(self, member: Leader) -> None:
         """Give up what the member was to compute and has not."""
@@ -184,15 +164,14 @@ class PinnedTree:
         if not ready:
             return
         above = self.depth[self.parent[ready[0]]]
+        member.claimed = member.claimed[len(ready) :]
+        ready = self._pin_ready(ready, member)
         for node in ready:
             self._state[node] = READY
             if member.matched > above and node not in self._relaxed:
                 self._foreign[node] = member.matched
-        member.claimed = member.claimed[len(ready) :]
         if self.scoring is not None:
             self.scoring.published(member, ready)
-        for node in ready[-1:] if self._window is None else ready:
-            self._pin(node, member)
         self._add_pinned(ready, 1)
 
     def finish(self, member: Leader, free: bool, last_use: bool) -> None:
@@ -209,8 +188,7 @@ class PinnedTree:
             node = self.parent[node]
             self._open[node] -= 1
         survivor = node
-        if done and survivor != ROOT and self._state[survivor] == READY:
-            self._pin(survivor, member)
+        self._pin_survivor(survivor, member, done)
         ready = [node for node in done if self._state[node] == READY]
         for node in ready:
             if self.scoring is not None:
@@ -254,24 +232,22 @@ class PinnedTree:
                 request.origin_input_ids, request.extra_key, self.depth[node]
             )
 
-    def window_tokens(self, nodes: Iterable[int]) -> int:
-        """Tokens that pins of these nodes add to those of the nodes above, in the window pool."""
-        window = self._window
-        if window is None:
-            return 0
-        return sum(min(self.depth[node] - self.depth[self.parent[node]], window) for node in nodes)
+    def _whole(self, member: Leader, cached: int) -> int:
+        """Of a leader's cached tokens, those down to where all nodes are whole."""
+        return cached
 
-    def cold_window_tokens(self, member: Leader) -> int:
-        """`window_tokens` of the COLD nodes on the member's path."""
-        if self._window is None:
-            return 0
-        node, cold = member.home, []
-        while self._state[node] != READY:
-            cold.append(node)
-            node = self.parent[node]
-        return self.window_tokens(cold)
+    def _pin_ready(self, nodes: list[int], member: Leader) -> list[int]:
+        """Pin nodes of a path, top down, that have KV now; returns those that are READY."""
+        self._pin(nodes[-1], member)
+        return nodes
+
+    def _pin_survivor(self, node: int, member: Leader, done: list[int]) -> None:
+        """The member has ended, and with it the nodes `done` above its home, bottom up; the one
+        above them goes on."""
+        if done and node != ROOT and self._state[node] == READY:
+            self._pin(node, member)
 
     def _add_pinned(self, nodes: list[int], sign: int) -> None:
         tokens = sign * sum(self.depth[node] - self.depth[self.parent[node]] for node in nodes)
         self.pinned_tokens += tokens
-        self._count(tokens, sign * self.window_tokens(nodes))
+        self._count(tokens, 0)

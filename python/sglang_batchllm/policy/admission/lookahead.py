@@ -130,7 +130,7 @@ class Lookahead:
         kept = bool(batch.continued[member.index])
         if not self._forecast.admit(own, steps, prefix=prefix, kept=kept):
             return False
-        in_windows = batch.pins.cold_window_tokens(member)
+        in_windows = batch.pins.window_tokens_of_cold(member)
         if not self._fits_windows(whole_own + batch.page_slack, steps, prefix=in_windows):
             return False
         self._use(batch, member.home, steps)
