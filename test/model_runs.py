@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import flush, wait_until_whole
+from processes import in_scheduler, stock_scheduler
 from prompts import mixed_batch
 from tiny_models import WINDOW
 
@@ -34,11 +35,39 @@ def batches() -> dict[str, list[list[int]]]:
     }
 
 
-def run(model: str, options: dict[str, Any], pipe: Any) -> None:
-    """Sends the results of each batch by name, and {"reports": ...} with one for each."""
-    import sglang
+def _tell_what_is_shared(path: str) -> None:
+    """In a scheduler's process: write what decodes through shared prefixes, and how the last layer
+    prefills, as the table of docs/models.md has it."""
+    scheduler = stock_scheduler()
+    prepare = scheduler.init_schedule_policy
 
-    engine = sglang.Engine(
+    def prepare_and_tell(self: Any) -> None:
+        from sglang_batchllm.edge import fusable, last_layer
+
+        prepare(self)
+        runner = self.tp_worker.model_runner
+        layers = fusable.attention_layers(runner.model)
+        shared = sum(fusable.layer_refusal(layer) is None for layer in layers)
+        if fusable.model_refusal(runner) is not None:
+            shared = 0
+        decode = "none" if not shared else "all" if shared == len(layers) else "full"
+        end = last_layer._refusal(runner.model.model.layers[-1], self.server_args)
+        Path(path).write_text(f"{decode} {'no' if end else 'yes'}")
+
+    scheduler.init_schedule_policy = prepare_and_tell
+
+
+def run(model: str, options: dict[str, Any], pipe: Any) -> None:
+    """Sends {"results": of each batch by name, "reports": one for each, "shared": what decodes
+    through shared prefixes, and whether the last layer's end is computed for samples alone}."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    class TellingEngine(Engine):
+        pass
+
+    told = Path(model) / "shared"
+    in_scheduler(TellingEngine, _tell_what_is_shared, str(told))
+    engine = TellingEngine(
         model_path=model, dtype="float32", sleep_on_idle=True, log_level="warning", **options
     )
     results: dict[str, Any] = {}
@@ -63,7 +92,7 @@ def run(model: str, options: dict[str, Any], pipe: Any) -> None:
             keep(name, engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids))
         keep("aborted", _aborted(engine))
         keep("again", engine.generate(input_ids=batches()["mixed"], sampling_params=greedy(OUTPUT)))
-        pipe.send({"results": results, "reports": reports})
+        pipe.send({"results": results, "reports": reports, "shared": told.read_text().split()})
     finally:
         engine.shutdown()
 

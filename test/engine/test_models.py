@@ -23,6 +23,21 @@ CASES = [
 ]
 
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """The rows of the first table of docs/models.md by family, each by column."""
+    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    names, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+    return {row["Family"]: row for row in table}
+
+
+def test_what_the_document_calls_tested_is_tested() -> None:
+    assert [family for family, row in documented().items() if row["CPU"] == "yes"] == [*FAMILIES]
+
+
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     class Made(dict[str, Path]):
@@ -49,6 +64,9 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
         last = reports[name]["batches"][-1]
         assert last["computed_tokens"] == last["distinct_tokens"] == computed, name
         assert last["peak_pinned_tokens"] > 0
+    table = documented()[family]
+    assert sent["shared"] == [table["Decode"], table["Last layer"]]
+
     wide = reports["wide"]["batches"][-1]
     assert (wide["retractions"] > 0) == (options["max_total_tokens"] < AMPLE)
 

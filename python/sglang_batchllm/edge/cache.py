@@ -7,7 +7,7 @@ from array import array
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.environ import envs
+from sglang.srt.environ import Envs
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 
 from sglang_batchllm.policy.batch import Member, member_of
@@ -78,7 +78,7 @@ class PinnedGroups(ABC):
     def window_pool(self) -> WindowPool | None:
         if self.window is None:
             return None
-        slack = max(envs.SGLANG_SWA_EVICTION_INTERVAL.get(), 1) + self.page_size
+        slack = max(Envs.SGLANG_SWA_EVICTION_INTERVAL.get(), 1) + self.page_size
         return WindowPool(self.window, self.token_to_kv_pool_allocator.size_swa, slack)
 
     def window_available(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sglang.srt.environ import envs
+from sglang.srt.environ import Envs
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -77,7 +77,7 @@ class UnifiedGroups(PinnedGroups):
         there = self.match_prefix(MatchPrefixParams(key=key)).full_kv_hit_length
         self.moved |= there > seam.tree_tokens(req)
         # The pass reads windows from its first token on.
-        with envs.SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS.override(False):
+        with Envs.SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS.override(False):
             return self.enter(req)
 
     def pin(self, tokens: array[int], namespace: str | None, depth: int) -> Any:
