@@ -304,11 +304,6 @@ def test_runtime_knows_the_flag(tiny_model):
     ("kind", "config", "named"),
     [
         (
-            "qwen3_next",
-            {"architectures": ["Qwen3NextForCausalLM"], "num_hidden_layers": 4},
-            "Mamba or linear-attention state",
-        ),
-        (
             "mellum",
             {
                 "architectures": ["MellumForCausalLM"],
