@@ -43,8 +43,13 @@ def _build_allocator(
     from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 
     pool = options["token_to_kv_pool"]
-    if not configurator.is_hybrid_swa or pool.page_size > 1:
+    if not configurator.is_hybrid_swa:
         return stock(configurator, sizes=sizes, **options)
+    if pool.page_size > 1:
+        raise ValueError(
+            f"On a CPU, SGLang 0.5.17 has no allocator of pages for models with a pool for "
+            f"sliding-window layers (--page-size {pool.page_size}); pass --page-size 1."
+        )
     return SWATokenToKVPoolAllocator(
         sizes.full_max_total_num_tokens,
         sizes.swa_max_total_num_tokens,
