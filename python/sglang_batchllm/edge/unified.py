@@ -7,7 +7,7 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from sglang.srt.environ import Envs
 from sglang.srt.managers.schedule_batch import Req
@@ -15,13 +15,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, Mat
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.cache import PinnedGroups
-
-if TYPE_CHECKING:
-    from sglang_batchllm.edge.seams.v0_5_17 import scheduler as seam
-else:
-    seam = seams.load("scheduler")
 
 
 class PathNode(NamedTuple):
@@ -54,6 +48,10 @@ class UnifiedGroups(PinnedGroups):
         """See `policy.store.Store.publish`."""
 
     @abstractmethod
+    def reach(self, req: Req) -> tuple[int, int]:
+        """Prompt tokens of a request that have slots by now, and those of them in the tree."""
+
+    @abstractmethod
     def slide(self, req: Req, to: int) -> None:
         """Free what the request, whose next token to see a window is number `to`, has left behind
         of the pool of such layers and no tree holds."""
@@ -72,10 +70,12 @@ class UnifiedGroups(PinnedGroups):
         written, as with SGLang's chunked prefill."""
         if self.window is None:
             return self.enter(req)
-        key = RadixKey(token_ids=req.full_untruncated_fill_ids, extra_key=req.extra_key)
-        key.limit = seam.step_of(req)[1]
+        reached, in_tree = self.reach(req)
+        key = RadixKey(
+            token_ids=req.full_untruncated_fill_ids, extra_key=req.extra_key, limit=reached
+        )
         there = self.match_prefix(MatchPrefixParams(key=key)).full_kv_hit_length
-        self.moved |= there > seam.tree_tokens(req)
+        self.moved |= there > in_tree
         # The pass reads windows from its first token on.
         with Envs.SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS.override(False):
             return self.enter(req)

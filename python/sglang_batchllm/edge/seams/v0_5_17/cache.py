@@ -201,6 +201,10 @@ class WindowedGroupCache(_CachesRequests, UnifiedGroups, UnifiedRadixCache):
         self.dec_lock_ref(handle.node, handle.receipt)
         return handle.node
 
+    def reach(self, req: Req) -> tuple[int, int]:
+        assert req.extend_range is not None
+        return req.extend_range.end, req.cache_protected_len
+
     def slide(self, req: Req, to: int) -> None:
         free_swa_out_of_window_slots(
             req,

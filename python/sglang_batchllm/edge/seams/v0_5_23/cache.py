@@ -77,6 +77,10 @@ class PinnedGroupCache(UnifiedGroups, UnifiedRadixCache):
         self.unlock(handle)
         return handle.node
 
+    def reach(self, req: Req) -> tuple[int, int]:
+        assert req.extend_end is not None
+        return req.extend_end, req.kv.cache_protected_len
+
     def slide(self, req: Req, to: int) -> None:
         self.evict_sliding_windows(req, to)
 
