@@ -141,7 +141,7 @@ def make_model(family: str, folder: Path, vocab_size: int, context_length: int) 
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("sinks"):
-                weight.normal_()
+                weight.copy_(torch.randn_like(weight).bfloat16())  # as SGLang keeps them
             elif weight.dim() > 1 and "embed" not in name:
                 weight.mul_(4.0)  # far from ties, and so that attention tells tokens apart
     model.save_pretrained(folder)
