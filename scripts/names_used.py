@@ -23,13 +23,13 @@ READ_FROM_OBJECTS = {
         "rid full_untruncated_fill_ids finished return_logprob logprob logprob_start_len "
         "input_token_logprobs temp_input_top_logprobs_val temp_input_top_logprobs_idx "
         "temp_input_token_ids_logprobs_val temp_input_token_ids_logprobs_idx is_retracted "
-        "inflight_middle_chunks"
+        "inflight_middle_chunks decode_batch_idx seqlen"
     ),
     "srt.managers.schedule_batch.ScheduleBatch": (
         "reqs batch_is_full decoding_reqs forward_mode check_decode_mem "
         "new_tokens_required_next_decode prefix_lens extend_lens return_logprob "
         "extend_logprob_start_lens extend_input_logprob_token_ids top_logprobs_nums "
-        "token_ids_logprobs model_config"
+        "token_ids_logprobs model_config out_cache_loc req_to_token_pool"
     ),
     "srt.managers.schedule_batch.ReqLogprob": (
         "top_logprobs_num token_ids_logprob input_token_logprobs_val"
@@ -74,6 +74,19 @@ READ_FROM_OBJECTS = {
     "srt.model_executor.model_runner.ModelRunner": (
         "server_args req_to_token_pool token_to_kv_pool dtype model model_config use_mla_backend"
     ),
+    "srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator": (
+        "size_swa swa_available_size full_available_size"
+    ),
+    "srt.mem_cache.swa_memory_pool.SWAKVPool": "translate_loc_from_full_to_swa full_kv_pool",
+    "srt.mem_cache.base_prefix_cache.BasePrefixCache": "supports_swa swa_evictable_size",
+    "srt.mem_cache.base_prefix_cache.EvictResult": "num_tokens_evicted swa_num_tokens_evicted",
+    "srt.mem_cache.unified_radix_cache.UnifiedRadixCache": "sliding_window_size components",
+    "srt.environ.Envs": (
+        "SGLANG_SWA_EVICTION_INTERVAL SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS"
+    ),
+    "srt.configs.model_config.ModelConfig": (
+        "is_hybrid_swa is_deepseek_v4_arch full_attention_layer_ids"
+    ),
     "srt.managers.tokenizer_manager.TokenizerManager": (
         "generate_request get_internal_state flush_cache freeze_gc _send_batch_request "
         "_tokenize_texts _dispatch_to_scheduler load_snapshot_reader"
@@ -105,7 +118,15 @@ READ_IN_ONE = {
         "srt.mem_cache.radix_cache.TreeNode": (
             "children parent key value lock_ref last_access_time"
         ),
-        "srt.mem_cache.base_prefix_cache.MatchResult": "device_indices last_device_node",
+        "srt.mem_cache.base_prefix_cache.MatchResult": (
+            "device_indices last_device_node full_kv_hit_length"
+        ),
+        "srt.mem_cache.kv_cache_configurator.KVCacheConfigurator": (
+            "_build_token_to_kv_pool _build_token_to_kv_pool_allocator _build_hybrid_swa_kv_pool "
+            "_build_mla_kv_pool is_hybrid_swa use_mla_backend kv_cache_dtype device"
+        ),
+        "srt.mem_cache.unified_cache.unified_tree_core.UnifiedTreeCore": "node_by_id",
+        "srt.mem_cache.unified_cache.unified_tree_core.UnifiedTreeNode": "id parent key children",
         "srt.mem_cache.allocator.PagedTokenToKVPoolAllocator": "free_segment",
         "srt.mem_cache.allocator.BaseTokenToKVPoolAllocator": "free_group_begin free_group_end",
         "srt.server_args.ServerArgs": "override get_model_config get_attention_backends",
@@ -121,7 +142,10 @@ READ_IN_ONE = {
         "srt.managers.schedule_batch.ReqKvInfo": "req_pool_idx cache_protected_len",
         "srt.managers.schedule_policy.PrefillAdder": "memory_budget",
         "srt.mem_cache.prefill_budget.PrefillBudget": "total_offset current_offset",
-        "srt.mem_cache.base_prefix_cache.MatchResult": "device_prefix_len last_device_node",
+        "srt.mem_cache.base_prefix_cache.MatchResult": (
+            "device_prefix_len last_device_node full_kv_hit_length"
+        ),
+        "srt.mem_cache.unified_radix_cache.UnifiedRadixCache": "evict_sliding_windows",
         "srt.mem_cache.base_prefix_cache.TreeLock": "node",
         "srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface": (
             "collect_path_info"

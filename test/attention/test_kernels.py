@@ -59,7 +59,7 @@ def trees(draw: st.DrawFn) -> list[Path]:
     return paths
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, phases=WITHOUT_SHRINKING)
 @given(paths=trees(), saved=st.sampled_from([1, 60]), seed=st.integers(0, 99))
 def test_random_trees(paths: list[Path], saved: int, seed: int) -> None:
     batch = make_tree_batch(paths, seed=seed, padding=seed % 3)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -296,3 +297,28 @@ def test_runtime_knows_the_flag(tiny_model):
         assert report["batches"][-1]["requests"] == 5
     finally:
         runtime.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "named"),
+    [
+        (
+            "mellum",
+            {
+                "architectures": ["MellumForCausalLM"],
+                "num_hidden_layers": 2,
+                "sliding_window": 24,
+                "layer_types": ["sliding_attention"] * 2,
+            },
+            "every layer has a sliding window",
+        ),
+    ],
+)
+def test_unsupported_models_are_named(tiny_model, tmp_path, kind, config, named):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind, **config).save_pretrained(tmp_path)
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    with pytest.raises(UnsupportedError, match=named):
+        decided(BatchLLMServerArgs(model_path=str(tmp_path), batchllm=True))

@@ -13,8 +13,15 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import get_bool_env_var
 
 from sglang_batchllm.edge import seams
-from sglang_batchllm.edge.model_kind import has_recurrent_state, is_mla, prefill_is_compiled
+from sglang_batchllm.edge.model_kind import (
+    has_compressed_attention,
+    has_only_windows,
+    has_recurrent_state,
+    is_mla,
+    prefill_is_compiled,
+)
 from sglang_batchllm.edge.names import ATTENTION_BACKEND, CACHE_BACKEND
+from sglang_batchllm.edge.platform import cpu
 from sglang_batchllm.server.batches import directory
 
 if TYPE_CHECKING:
@@ -89,6 +96,8 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
             self.radix_cache_backend = CACHE_BACKEND
 
     def after_resolution(self) -> None:
+        if cpu.is_active() and seam.resolved(self).attention_backend != cpu.ATTENTION:
+            seam.set_attention_backend(self, cpu.ATTENTION)  # some models ask for kernels of a GPU
         if self.batchllm and self.model_path.lower() not in ("none", "dummy"):
             self._refuse_unsupported_model()
             if self._wants_fused_attention():
@@ -163,8 +172,10 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
         kind = None
         if not model.is_generation:
             kind = "an embedding or reward model"
-        elif model.is_hybrid_swa:
-            kind = "a hybrid sliding-window model"
+        elif has_compressed_attention(model):
+            kind = "a model with compressed attention"
+        elif has_only_windows(model):
+            kind = "a model in which every layer has a sliding window"
         elif model.is_encoder_decoder:
             kind = "an encoder-decoder model"
         elif has_recurrent_state(model):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.environ import Envs
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 
 from sglang_batchllm.policy.batch import Member, member_of
 from sglang_batchllm.policy.requests import End
+from sglang_batchllm.policy.step import WindowPool
 
 if TYPE_CHECKING:
     from sglang_batchllm.policy.core import BatchPolicy
@@ -28,6 +31,13 @@ class PinnedGroups(ABC):
     """
 
     policy: BatchPolicy | None = None
+
+    # What is SGLang's
+    page_size: Any
+    sliding_window_size: Any
+    supports_swa: Any
+    swa_evictable_size: Any
+    token_to_kv_pool_allocator: Any
 
     # What a release has to say
 
@@ -54,6 +64,36 @@ class PinnedGroups(ABC):
     def free_upwards(self, node: Any, depth: int, keep: int) -> None:
         """Free the KV of the path that ends in `node`, `depth` tokens deep, down to its first
         `keep` tokens or a node that is held or has other continuations."""
+
+    # Layers that see only a window
+
+    @cached_property
+    def window(self) -> int | None:
+        """Tokens, in whole pages, that a prefix needs in the pool of such layers; None without."""
+        if not self.supports_swa():
+            return None
+        pages = -(-max(self.sliding_window_size, 1) // self.page_size)
+        return pages * self.page_size
+
+    def window_pool(self) -> WindowPool | None:
+        if self.window is None:
+            return None
+        slack = max(Envs.SGLANG_SWA_EVICTION_INTERVAL.get(), 1) + self.page_size
+        return WindowPool(self.window, self.token_to_kv_pool_allocator.size_swa, slack)
+
+    def window_available(self) -> int:
+        """Tokens of that pool that are free or can be evicted."""
+        if self.window is None:
+            return 0
+        allocator = self.token_to_kv_pool_allocator
+        return allocator.swa_available_size() + self.swa_evictable_size()
+
+    def available(self) -> int:
+        """Free tokens of the pool that all layers use, or those without a window."""
+        allocator = self.token_to_kv_pool_allocator
+        return (
+            allocator.available_size() if self.window is None else allocator.full_available_size()
+        )
 
     # What the policy asks
 

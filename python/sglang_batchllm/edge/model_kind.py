@@ -12,6 +12,16 @@ def is_mla(model: Any) -> bool:
     return model.attention_arch == AttentionArch.MLA
 
 
+def has_compressed_attention(model: Any) -> bool:
+    """Whether a ModelConfig's attention reads compressed KV, in pools of its own."""
+    return model.is_hybrid_swa and model.is_deepseek_v4_arch
+
+
+def has_only_windows(model: Any) -> bool:
+    """Whether all layers of a ModelConfig that SGLang gives a window pool see a window."""
+    return model.is_hybrid_swa and not model.full_attention_layer_ids
+
+
 def has_recurrent_state(model: Any) -> bool:
     """Whether a ModelConfig's layers keep Mamba or linear-attention state."""
     from sglang.srt.configs import hybrid_arch

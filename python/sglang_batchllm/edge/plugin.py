@@ -92,6 +92,29 @@ def _add_attention() -> None:
     register_attention_backend(ATTENTION_BACKEND)(create_backend)
 
 
+def _add_cpu_attention() -> None:
+    from sglang_batchllm.edge.platform import cpu
+    from sglang_batchllm.edge.platform.attention import CpuAttention
+
+    if cpu.is_active():
+        _hook(
+            "replace",
+            "srt.layers.attention.torch_native_backend.TorchNativeAttnBackend",
+            CpuAttention,
+        )
+        _apply_hooks()
+
+
+def _add_cpu_pools() -> None:
+    from sglang_batchllm.edge import seams
+    from sglang_batchllm.edge.platform import cpu
+
+    if cpu.is_active():
+        for target, wrapper in seams.load("platform").HOOKS.items():
+            _hook("around", target, wrapper)
+        _apply_hooks()
+
+
 def _add_scheduler() -> None:
     """SGLang's own is what it makes unless ``batchllm`` is set."""
     from sglang_batchllm.edge.scheduler import BatchLLMScheduler
@@ -223,6 +246,8 @@ _FOLLOWED: dict[str, Callable[[], None]] = {
     "sglang_batchllm.edge.args": _add_flags,
     "sglang.srt.mem_cache.registry": _add_cache,
     "sglang.srt.layers.attention.attention_registry": _add_attention,
+    "sglang.srt.layers.attention.torch_native_backend": _add_cpu_attention,
+    "sglang.srt.mem_cache.kv_cache_configurator": _add_cpu_pools,
     "sglang.srt.managers.scheduler": lambda: _import("scheduler"),
     "sglang_batchllm.edge.scheduler": _add_scheduler,
     "sglang.srt.managers.data_parallel_controller": lambda: _import("routing"),

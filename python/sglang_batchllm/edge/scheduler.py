@@ -26,6 +26,7 @@ from sglang_batchllm.edge.packing import PackedList, unpacked
 from sglang_batchllm.edge.part_line import PartLine
 from sglang_batchllm.edge.queue_index import QueueIndex, without
 from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
+from sglang_batchllm.edge.sliding import Sliding
 from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.policy.requests import Turn
@@ -87,7 +88,9 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             chunk=self.chunked_prefill_size or self.max_prefill_tokens,
             gather_seconds=self.server_args.batchllm_gather_ms / 1000,
             mixes=self._asked_to_mix,
+            windows=self._cache.window_pool(),
         )
+        self._sliding = None if limits.windows is None else Sliding(self._cache)
         self._policy = self._cache.policy = BatchPolicy(self._cache, limits, self._agree)
         self._group_table: GroupTable | None = None
         if resolved(self.server_args).decode_attention_backend == ATTENTION_BACKEND:
@@ -229,6 +232,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
         if running_batch.is_empty():
             running_batch.batch_is_full = False  # nothing decodes whose end would say so
+        if self._sliding is not None:
+            self._sliding.behind_chunk(self.chunked_req)
         decision = self._policy.choose(self._view(running_batch))
         if self._group_table is not None and decision.regrouped:
             self._enter_groups(self._group_table, decision.regrouped)
@@ -245,10 +250,16 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             self._index.discard(req)
         self._scored_step = ScoredStep.of(batch) if batch is not None else None
         self._policy.launched([(req, seam.computed(req)) for req in reqs], idle)
+        if self._sliding is not None and batch is not None:
+            self._sliding.write_where_rows_say(batch, reqs)
         if self._group_table is not None and reqs:
             self._enter_groups(self._group_table, reqs)
         if decision.requests and batch is None and idle:
             plan.running_batch.batch_is_full = False
+        if self._sliding is not None and batch is None and plan.running_batch.is_empty():
+            parked = self._sliding.parked()
+            if parked is not None:
+                self._policy.make_way(parked)
         return plan
 
     def _build(self, running_batch: ScheduleBatch, decision: Decision) -> NextBatchPlan:
@@ -265,7 +276,6 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             self.waiting_queue, self._held_back = self._held_back, None
 
     def _view(self, running_batch: ScheduleBatch) -> View:
-        allocator = self._cache.token_to_kv_pool_allocator
         chunked = self.chunked_req
         stepped, self._seen_forward_ct = (
             self.forward_ct != self._seen_forward_ct,
@@ -276,7 +286,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         return View(
             decoding=decoding,
             decode_tokens=running_batch.new_tokens_required_next_decode() if mixes else 0,
-            available=self._cache.evictable_size() + allocator.available_size(),
+            available=self._cache.evictable_size() + self._cache.available(),
             max_requests=self.places(running_batch),
             chunk_left=(
                 len(chunked.full_untruncated_fill_ids) - seam.computed(chunked)
@@ -285,6 +295,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             ),
             stepped=stepped,
             full=running_batch.batch_is_full,
+            window_available=self._cache.window_available(),
         )
 
     def _enter_groups(self, table: GroupTable, reqs: list[Req]) -> None:
@@ -300,9 +311,10 @@ class BatchLLMScheduler(seam.QueueingScheduler):
 
     def update_running_batch(self, batch: ScheduleBatch) -> ScheduleBatch | None:
         unfinished = [index for index, req in enumerate(batch.reqs) if not req.finished()]
-        self._policy.make_room(
-            lambda: batch.check_decode_mem(unfinished), [batch.reqs[i] for i in unfinished]
-        )
+        decoding = [batch.reqs[i] for i in unfinished]
+        if self._sliding is not None and not batch.check_decode_mem(unfinished):
+            self._sliding.behind(decoding)
+        self._policy.make_room(lambda: batch.check_decode_mem(unfinished), decoding)
         return super().update_running_batch(batch)
 
     # Logprobs of prompts
@@ -352,15 +364,22 @@ class BatchLLMScheduler(seam.QueueingScheduler):
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
         output = super().get_internal_state(recv_req)
-        output.internal_state["batchllm_report"] = self._policy.report() | {
+        report = output.internal_state["batchllm_report"] = self._policy.report() | {
             "kv_tokens": {
                 "total": self.max_total_num_tokens,
-                "free": self._cache.token_to_kv_pool_allocator.available_size(),
+                "free": self._cache.available(),
                 "evictable": self._cache.evictable_size(),
                 "pinned": self._policy.pinned_tokens,
                 "held": self._policy.texts.tokens,
             }
         }
+        windows = self._cache.window_pool()
+        if windows is not None:
+            report["window_kv_tokens"] = {
+                "total": windows.capacity,
+                "free_or_evictable": self._cache.window_available(),
+                "pinned": self._policy.pinned_in_windows,
+            }
         return output
 
 

@@ -23,7 +23,9 @@ from sglang_batchllm.policy.pins import ROOT, PinnedTree
 from sglang_batchllm.policy.requests import Request, Turn
 from sglang_batchllm.policy.rows import Ask, Lead, RowMemory
 from sglang_batchllm.policy.scoring import Scoring
+from sglang_batchllm.policy.step import WindowPool
 from sglang_batchllm.policy.waiting import Waiting
+from sglang_batchllm.policy.windowed import WindowedTree
 
 if TYPE_CHECKING:
     from sglang_batchllm.policy.store import Store
@@ -129,12 +131,13 @@ class Batch:
         whole: bool,
         lengths: OutputLengths,
         parent_row: int,
-        count_pinned: Callable[[int], None],
+        count_pinned: Callable[[int, int], None],
         row_memory: RowMemory,
+        windows: WindowPool | None = None,
     ):
         """parent_row: of `lengths`, for what is larger than the batch; -1 for nothing.
         count_pinned: told how many tokens more are pinned, or fewer. row_memory: where logprobs of
-        shared tokens are kept."""
+        shared tokens are kept. windows: see `Limits`."""
         self.number = next(_NUMBERS)
         turns = [member.turn for member in members]
         self.name = next((turn.batch for turn in turns if turn), "")
@@ -154,7 +157,11 @@ class Batch:
             outputs,
             namespaces=[request.extra_key for request in requests],
         )
-        self.pins = PinnedTree(self.plan, store, count_pinned)
+        self.pins = (
+            PinnedTree(self.plan, store, count_pinned)
+            if windows is None
+            else WindowedTree(self.plan, store, count_pinned, windows)
+        )
         self.outputs_differ = bool(outputs.min() < outputs.max())
         self.page_slack = page_size - 1
         self._largest_prompt = int(self.plan.prompt_lens.max()) + page_size
@@ -252,7 +259,7 @@ class Batch:
         max_tokens: int,
         max_requests: int,
         room: Room,
-        may_open: Callable[[int, bool], bool],
+        may_open: Callable[[int, int, bool], bool],
     ) -> list[Member]:
         """Claim the next requests to prefill, in the plan's order; each must be either started or
         given up (`unclaim`) after that.
@@ -262,8 +269,9 @@ class Batch:
             by it, except to fill the last eighth of a step where requests start a few at a time:
             what is left of it would take a step of its own.
         room: whether a request finds it; selection ends where it does not.
-        may_open: told the tokens of new shared prefixes that a request would pin, and whether
-            it is the batch's first waiting request; selection ends where it says no.
+        may_open: told the tokens of new shared prefixes that a request would pin, those in the
+            window pool, and whether it is the batch's first waiting request; selection ends where
+            it says no.
         """
         chosen: list[Member] = []
         nearly_full = max_tokens // 8 if self.outputs_differ else 0
@@ -282,7 +290,8 @@ class Batch:
             tokens = self.own_tokens_to_compute(member) + opened
             if max_tokens < tokens and max_tokens <= nearly_full:
                 break
-            if opened and not may_open(opened, place == first):
+            in_windows = self.pins.window_tokens_of_cold(member)
+            if opened and not may_open(opened, in_windows, place == first):
                 break
             following = self.waiting.first(place + 1)
             if not room.admit(member, opened, following if following >= 0 else len(self.order)):
@@ -308,8 +317,11 @@ class Batch:
         return 0 if self.scoring is None else self.scoring.computed_again(member)
 
     def prefix_limit(self, member: Member) -> int | None:
-        """See `Scoring.limit`."""
-        return None if self.scoring is None else self.scoring.limit(member)
+        """See `Scoring.limit` and `PinnedTree.computes_from`."""
+        limits = [self.pins.computes_from(member)]
+        if self.scoring is not None:
+            limits.append(self.scoring.limit(member))
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def tokens_past(self, member: Member, node: int) -> int:
         """Tokens of a request, prompt and output, after those of a tree node on its path."""

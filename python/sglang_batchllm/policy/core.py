@@ -17,6 +17,7 @@ from sglang_batchllm.policy.admission.lanes import Lanes
 from sglang_batchllm.policy.admission.lookahead import Lookahead
 from sglang_batchllm.policy.admission.outputs import OutputLengths, hinted_output
 from sglang_batchllm.policy.admission.running import Running
+from sglang_batchllm.policy.admission.window_forecast import WindowForecast
 from sglang_batchllm.policy.batch import (
     Batch,
     Member,
@@ -145,6 +146,7 @@ class BatchPolicy:
             -1 if whole else self._gathered_row,
             self._ledger.pinned,
             self._row_memory,
+            self._limits.windows,
         )
         self._ledger.planned(batch, instead_of, shard)
         return batch
@@ -169,6 +171,11 @@ class BatchPolicy:
     def pinned_tokens(self) -> int:
         """Tokens held by pins, of all batches."""
         return self._ledger.pinned_tokens
+
+    @property
+    def pinned_in_windows(self) -> int:
+        """Those of them that are held in the window pool."""
+        return self._ledger.pinned_in_windows
 
     # Programs
 
@@ -222,6 +229,7 @@ class BatchPolicy:
             forecast,
             self._intake.batches_waiting(),
             self._gathered_row,
+            self._window_forecast(view),
         )
         chosen = self._lanes.choose(
             lookahead,
@@ -231,6 +239,13 @@ class BatchPolicy:
             view.max_requests,
         )
         return chosen, forecast.refused
+
+    def _window_forecast(self, view: View) -> WindowForecast | None:
+        pool = self._limits.windows
+        if pool is None:
+            return None
+        used = pool.capacity - view.window_available + min(view.chunk_left, pool.window)
+        return WindowForecast(pool, used, self._ledger.pinned_in_windows)
 
     def _give_up_idle_texts(self, view: View) -> None:
         """Where held texts keep everything else from running, they go one by one."""
@@ -253,7 +268,10 @@ class BatchPolicy:
             return False
         tokens = view.chunk_left + sum(map(tokens_to_prefill, self._chosen))
         slack = self._limits.page_size * (len(self._chosen) + 1)
-        return view.available >= min(tokens, self._limits.chunk) + slack + view.decode_tokens
+        available = view.available
+        if self._limits.windows is not None:
+            available = min(available, view.window_available)
+        return available >= min(tokens, self._limits.chunk) + slack + view.decode_tokens
 
     def launched(self, prefilled: Sequence[tuple[Request, int]], idle: bool) -> None:
         """The next step prefills these requests, if any, each of which had so many prompt tokens in
@@ -316,6 +334,14 @@ class BatchPolicy:
             kept=batch.continued[index],
             at_root=batch.pins.parent[home] == ROOT,
         )
+
+    def make_way(self, request: Request) -> None:
+        """The request, whose prompt is prefilled in chunks, finds no memory for the next one, and
+        nothing else runs that would give some back."""
+        if self.texts:
+            self.texts.release_oldest()
+        else:
+            self._give_up_pins(member_of(request))
 
     def make_room(self, fits: Callable[[], bool], decoding: Sequence[Request]) -> None:
         """Let go of what is held until the next decode step fits, before the engine retracts

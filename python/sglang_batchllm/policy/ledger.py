@@ -41,6 +41,7 @@ class Ledger:
 
     def __init__(self, page_size: int):
         self.pinned_tokens = 0
+        self.pinned_in_windows = 0
         self._present = 0  # requests that have arrived and not ended
         self._busy = BusyClock()
         self._total = Report()
@@ -73,9 +74,10 @@ class Ledger:
             entry.report.add_plan(batch.plan)
             self._lists[batch.number] = entry
 
-    def pinned(self, tokens: int) -> None:
-        """So many tokens more are pinned, or fewer."""
+    def pinned(self, tokens: int, in_windows: int) -> None:
+        """So many tokens more are pinned, or fewer, and of those in the window pool."""
         self.pinned_tokens += tokens
+        self.pinned_in_windows += in_windows
         self._total.note_pinned(self.pinned_tokens)
 
     def published(self, batch: Batch) -> None:

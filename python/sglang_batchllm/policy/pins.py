@@ -53,6 +53,8 @@ class RowKeeper(Protocol):
 class PinnedTree:
     """The state of every shared node of one plan.
 
+    `windowed.WindowedTree` is the one for models with a pool for sliding-window layers.
+
     pinned_tokens: tokens of all READY nodes that somebody still needs.
     times_relaxed: how often pins were given up, see `relax`.
     scoring: told of every change, where requests ask for logprobs of their prompts.
@@ -60,8 +62,9 @@ class PinnedTree:
 
     scoring: RowKeeper | None = None
 
-    def __init__(self, plan: BatchPlan, store: Store, count: Callable[[int], None]):
-        """count: told how many tokens more are pinned, or fewer."""
+    def __init__(self, plan: BatchPlan, store: Store, count: Callable[[int, int], None]):
+        """count: told how many tokens more are pinned, or fewer, and of those in the window
+        pool."""
         tree = plan.tree
         self._store = store
         self._count = count
@@ -130,12 +133,22 @@ class PinnedTree:
         if not member.claimed:
             return
         request = member.request
-        cached = self._store.cached(request.origin_input_ids, request.extra_key)
+        cached = self._whole(
+            member, self._store.cached(request.origin_input_ids, request.extra_key)
+        )
         if member.lead is not None:  # who has left it there has left no rows
             cached = min(cached, member.lead.ask.start)
         if cached > self.depth[self.parent[member.claimed[0]]]:
             member.matched = cached
             self.publish(member, cached)
+
+    def computes_from(self, member: Leader) -> int | None:
+        """Where a leader has to begin; None for where the cache ends."""
+        return None
+
+    def window_tokens_of_cold(self, member: Leader) -> int:
+        """What pins of the COLD nodes on the member's path would take of the window pool."""
+        return 0
 
     def unclaim(self, member: Leader) -> None:
         """Give up what the member was to compute and has not."""
@@ -151,15 +164,15 @@ class PinnedTree:
         if not ready:
             return
         above = self.depth[self.parent[ready[0]]]
+        member.claimed = member.claimed[len(ready) :]
+        ready = self._pin_ready(ready, member)
         for node in ready:
             self._state[node] = READY
             if member.matched > above and node not in self._relaxed:
                 self._foreign[node] = member.matched
-        member.claimed = member.claimed[len(ready) :]
         if self.scoring is not None:
             self.scoring.published(member, ready)
-        self._pin(ready[-1], member)
-        self._add_pinned(self.depth[ready[-1]] - above)
+        self._add_pinned(ready, 1)
 
     def finish(self, member: Leader, free: bool, last_use: bool) -> None:
         """The member needs its prefixes no more; let go of those that nobody needs.
@@ -175,8 +188,7 @@ class PinnedTree:
             node = self.parent[node]
             self._open[node] -= 1
         survivor = node
-        if done and survivor != ROOT and self._state[survivor] == READY:
-            self._pin(survivor, member)
+        self._pin_survivor(survivor, member, done)
         ready = [node for node in done if self._state[node] == READY]
         for node in ready:
             if self.scoring is not None:
@@ -184,8 +196,7 @@ class PinnedTree:
             if node in self._pins:
                 keep = max(self.depth[survivor], self._foreign.get(node, 0)) if free else None
                 self._store.unpin(self._pins.pop(node), self.depth[node], keep, last_use)
-        if ready:
-            self._add_pinned(self.depth[survivor] - self.depth[ready[0]])
+        self._add_pinned(ready, -1)
 
     def relax(self, member: Leader | None) -> int:
         """Leave every pin that is not on the member's path to the cache's own eviction, so that
@@ -211,7 +222,7 @@ class PinnedTree:
                 self._relaxed.add(node)
                 if self.scoring is not None:
                     self.scoring.let_go(node)
-                self._add_pinned(self.depth[self.parent[node]] - self.depth[node])
+                self._add_pinned([node], -1)
         return before - self.pinned_tokens
 
     def _pin(self, node: int, member: Leader) -> None:
@@ -221,6 +232,22 @@ class PinnedTree:
                 request.origin_input_ids, request.extra_key, self.depth[node]
             )
 
-    def _add_pinned(self, tokens: int) -> None:
+    def _whole(self, member: Leader, cached: int) -> int:
+        """Of a leader's cached tokens, those down to where all nodes are whole."""
+        return cached
+
+    def _pin_ready(self, nodes: list[int], member: Leader) -> list[int]:
+        """Pin nodes of a path, top down, that have KV now; returns those that are READY."""
+        self._pin(nodes[-1], member)
+        return nodes
+
+    def _pin_survivor(self, node: int, member: Leader, done: list[int]) -> None:
+        """The member has ended, and with it the nodes `done` above its home, bottom up; the one
+        above them goes on."""
+        if done and node != ROOT and self._state[node] == READY:
+            self._pin(node, member)
+
+    def _add_pinned(self, nodes: list[int], sign: int) -> None:
+        tokens = sign * sum(self.depth[node] - self.depth[self.parent[node]] for node in nodes)
         self.pinned_tokens += tokens
-        self._count(tokens)
+        self._count(tokens, 0)

@@ -10,16 +10,29 @@ from sglang_batchllm.policy.rows import Ask
 
 
 @dataclass(frozen=True)
+class WindowPool:
+    """The KV pool of layers that see only the tokens just before. window: tokens that they see, in
+    whole pages. capacity: tokens of the pool. slack: tokens that a request may hold beyond its
+    window, since what it has left behind is freed only now and then."""
+
+    window: int
+    capacity: int
+    slack: int
+
+
+@dataclass(frozen=True)
 class Limits:
     """Of the engine. capacity: tokens of the KV pool. chunk: prompt tokens of a prefill step.
     gather_seconds: how long a lone request waits at most for others. mixes: requests may decode in
-    a step that prefills."""
+    a step that prefills. windows: the pool of sliding-window layers, if they have one; then
+    `capacity` is of the other layers' pool."""
 
     capacity: int
     page_size: int
     chunk: int
     gather_seconds: float
     mixes: bool = False
+    windows: WindowPool | None = None
 
 
 class Arrival(NamedTuple):
@@ -41,7 +54,7 @@ class View:
     KV tokens that are free or can be evicted. max_requests: that may be added. chunk_left: prompt
     tokens still to compute of the request that is prefilled in chunks. stepped: a forward step has
     run since the last choice. full: nothing was to be added until a request has ended, and none
-    has.
+    has. window_available: as `available`, of the window pool if there is one.
     """
 
     decoding: int
@@ -51,6 +64,7 @@ class View:
     chunk_left: int
     stepped: bool
     full: bool
+    window_available: int = 0
 
 
 @dataclass

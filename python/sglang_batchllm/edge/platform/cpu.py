@@ -26,6 +26,10 @@ KV_TOKENS = 1 << 16
 fill it with zeros, whatever the model's size."""
 
 
+ATTENTION = "torch_native"
+"""See `attention.CpuAttention`."""
+
+
 class CpuReferencePlatform(CpuDeviceMixin, seam.PlatformParts):
     """The CPU reference platform: torch-native attention, plain pools."""
 
@@ -40,8 +44,6 @@ class CpuReferencePlatform(CpuDeviceMixin, seam.PlatformParts):
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         server_args.device = "cpu"
-        if server_args.attention_backend is None:
-            server_args.attention_backend = self.get_default_attention_backend()
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         if server_args.grammar_backend is None:
@@ -50,7 +52,14 @@ class CpuReferencePlatform(CpuDeviceMixin, seam.PlatformParts):
             server_args.max_total_tokens = KV_TOKENS
 
     def get_default_attention_backend(self) -> str:
-        return "torch_native"
+        return ATTENTION
 
     def get_dispatch_key_name(self) -> str:
         return "native"
+
+
+def is_active() -> bool:
+    """Whether SGLang runs on this platform."""
+    from sglang.srt.platforms import current_platform
+
+    return isinstance(current_platform, CpuReferencePlatform)

@@ -56,14 +56,19 @@ class Lanes:
         reserve = max((b.largest_need(lookahead.shown(b)) for b in waiting), default=0)
         chosen: list[Member] = []
 
-        def may_open(tokens: int, is_first: bool) -> bool:
+        def may_open(tokens: int, in_windows: int, is_first: bool) -> bool:
             # What stays pinned must leave room for any request to run alone; the first of all
             # may always go when it has the pool to itself.
             nonlocal pinned
             alone = is_first and idle and not chosen
-            if not alone and pinned + tokens + reserve > self._capacity:
-                forecast.refused = True
-                return False
+            windows = lookahead.windows
+            if not alone:
+                fits = pinned + tokens + reserve <= self._capacity
+                if not fits or (windows and not windows.may_pin(in_windows, reserve)):
+                    forecast.refused = True
+                    return False
+            elif windows is not None:
+                windows.pin(in_windows)
             pinned += tokens
             return True
 
@@ -96,6 +101,8 @@ class Lanes:
             self._has_yielded = bool(chosen) and not self._has_yielded
             if not self._has_yielded:
                 forecast.keep(self._capacity // ROOM_FOR_OTHERS)
+                if lookahead.windows is not None:
+                    lookahead.windows.keep_part(ROOM_FOR_OTHERS)
                 take(yielding)
         return chosen
 

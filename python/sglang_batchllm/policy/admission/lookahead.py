@@ -14,6 +14,7 @@ from sglang_batchllm.policy.admission.outputs import (
     most_output,
 )
 from sglang_batchllm.policy.admission.running import Running
+from sglang_batchllm.policy.admission.window_forecast import WindowForecast
 from sglang_batchllm.policy.batch import Batch, Member
 from sglang_batchllm.policy.pins import ROOT
 
@@ -32,10 +33,12 @@ class Lookahead:
         forecast: MemoryForecast,
         waiting: list[Batch],
         single_row: int,
+        windows: WindowForecast | None = None,
     ):
         """waiting: batches of which requests wait. single_row: of `lengths`, for requests that are
-        scheduled by themselves."""
+        scheduled by themselves. windows: of the pool of sliding-window layers, if there is one."""
         self._forecast = forecast
+        self.windows = windows
         self._single_row = single_row
         self._running = running
         self._last_use: dict[int, float] = {}  # shared node: steps until its last known use
@@ -45,6 +48,8 @@ class Lookahead:
         shown = self._remaining.of_each(running.row)
         steps = expected_steps(running.hint, self._decoded, self._most, shown)
         forecast.add_all(steps, np.where(running.kept, -steps, running.own + self._decoded))
+        if windows is not None:  # what outlives a request can be evicted there
+            windows.add_running(running.own + self._decoded, steps)
         self._count_prefixes(steps, waiting)
 
     def _count_prefixes(self, steps: np.ndarray, waiting: list[Batch]) -> None:
@@ -57,6 +62,8 @@ class Lookahead:
         settled = ~np.isin(running.batch[first], [batch.number for batch in waiting])
         alone = shared & settled & running.at_root[first]
         self._forecast.add_all(last[alone], running.home_depth[first][alone], count=0)
+        if self.windows is not None:
+            self.windows.let_go(last[alone], running.home_depth[first][alone])
         batches: dict[int, Batch] = {}
         for entry in np.flatnonzero(shared & ~alone).tolist():
             member = running.members[int(first[entry])]
@@ -95,7 +102,14 @@ class Lookahead:
         """Whether there is room for a request that shares nothing by plan."""
         shown = self._remaining.of(self._single_row)
         steps = min(shown, most_output(member.request)) + EXTRA_STEPS
-        return self._forecast.admit(member.tokens, steps)
+        if not self._forecast.admit(member.tokens, steps):
+            return False
+        return self._fits_windows(member.tokens, steps)
+
+    def _fits_windows(self, tokens: int, steps: float, count: int = 1, prefix: int = 0) -> bool:
+        fits = self.windows is None or self.windows.admit(tokens, steps, count, prefix)
+        self._forecast.refused |= not fits
+        return fits
 
     def admit(self, member: Member, opened: int, next_position: int) -> bool:
         """Whether there is room for a waiting request.
@@ -105,7 +119,7 @@ class Lookahead:
         """
         batch = member.batch
         assert batch is not None
-        own = batch.own_tokens_to_compute(member)
+        own = whole_own = batch.own_tokens_to_compute(member)
         held = 0
         if not batch.private:  # its prompts may be somebody else's too
             held = batch.pins.held_elsewhere(member, opened)
@@ -115,6 +129,9 @@ class Lookahead:
         steps = self._expected_steps(member, batch)
         kept = bool(batch.continued[member.index])
         if not self._forecast.admit(own, steps, prefix=prefix, kept=kept):
+            return False
+        in_windows = batch.pins.window_tokens_of_cold(member)
+        if not self._fits_windows(whole_own + batch.page_slack, steps, prefix=in_windows):
             return False
         self._use(batch, member.home, steps)
         self._pass(batch, member.home, next_position)
@@ -135,6 +152,8 @@ class Lookahead:
         kept = bool(batch.continued[member.index])
         if not self._forecast.admit(tokens, steps, count=waiting, kept=kept):
             return False
+        if not self._fits_windows(tokens, steps, count=waiting):
+            return False
         self._use(batch, member.home, steps)
         self._pass(batch, member.home, positions.stop)
         return True
@@ -154,4 +173,7 @@ class Lookahead:
     def _let_go(self, batch: Batch, node: int) -> None:
         depth = batch.pins.depth
         until = self._last_use.pop(batch.node_id(node))
-        self._forecast.add(until, depth[node] - depth[batch.pins.parent[node]], count=0)
+        tokens = depth[node] - depth[batch.pins.parent[node]]
+        self._forecast.add(until, tokens, count=0)
+        if self.windows is not None:
+            self.windows.let_go(np.array([until]), np.array([tokens]))

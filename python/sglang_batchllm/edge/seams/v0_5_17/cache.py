@@ -1,16 +1,24 @@
-"""SGLang's radix cache."""
+"""SGLang's radix cache, and its unified one, which it uses for models with sliding windows."""
 
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import (
+    DecLockRefParams,
+    MatchPrefixParams,
+    MatchResult,
+)
+from sglang.srt.mem_cache.common import free_swa_out_of_window_slots
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_batchllm.edge.cache import PinnedGroups, private_member, shared_tokens
+from sglang_batchllm.edge.unified import PathNode, UnifiedGroups
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
@@ -19,16 +27,47 @@ LONG_AGO = 0.0
 """A time of last access before all others: what nobody needs is evicted first."""
 
 
-def create_cache(context: TreeCacheBuildContext) -> PinnedGroupCache:
+def create_cache(context: TreeCacheBuildContext) -> PinnedGroups:
     """The factory behind ``--radix-cache-backend batchllm``."""
-    return PinnedGroupCache(context.params)
+    if not context.is_hybrid_swa:
+        return PinnedGroupCache(context.params)
+    context.params.tree_components = (ComponentType.FULL, ComponentType.SWA)
+    return WindowedGroupCache(context.params)
 
 
 KEPT_MATCHES = 64
 """Of pinned nodes; each has the slots of a whole path, 8 bytes a token, on the GPU."""
 
 
-class PinnedGroupCache(PinnedGroups, RadixCache):
+class _CachesRequests(PinnedGroups):
+    """What requests leave in a cache of this release."""
+
+    req_to_token_pool: Any
+
+    def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
+        stock: Any = super()
+        member = private_member(req)
+        if member is None:
+            stock.cache_unfinished_req(req, chunked=chunked)
+            return
+        assert req.extend_range is not None
+        start, end = req.extend_range
+        shared = shared_tokens(req, member, end)
+        if shared > req.cache_protected_len:
+            req.set_extend_range(min(start, shared), shared)
+            stock.cache_unfinished_req(req, chunked=chunked)
+            req.set_extend_range(start, end)
+        if chunked:  # the next chunk starts where these end, in the tree or the request's own
+            row = self.req_to_token_pool.req_to_token[req.req_pool_idx, :end]
+            req.prefix_indices = row.to(dtype=torch.int64, copy=True)
+
+    def enter(self, req: Req) -> int:
+        self.cache_unfinished_req(req, chunked=True)
+        assert req.extend_range is not None
+        return req.extend_range.end
+
+
+class PinnedGroupCache(_CachesRequests, RadixCache):
     def reset(self) -> None:
         self._matches: dict[TreeNode, MatchResult] = {}  # of nodes that are held
         super().reset()
@@ -38,25 +77,7 @@ class PinnedGroupCache(PinnedGroups, RadixCache):
     def publish(self, req: Req) -> int:
         """See `policy.store.Store`. The pass that computes them has yet to run: a later one on the
         same stream finds them written, as with SGLang's chunked prefill."""
-        self.cache_unfinished_req(req, chunked=True)
-        assert req.extend_range is not None
-        return req.extend_range.end
-
-    def cache_unfinished_req(self, req: Req, chunked: bool = False) -> None:
-        member = private_member(req)
-        if member is None:
-            super().cache_unfinished_req(req, chunked=chunked)
-            return
-        assert req.extend_range is not None
-        start, end = req.extend_range
-        shared = shared_tokens(req, member, end)
-        if shared > req.cache_protected_len:
-            req.set_extend_range(min(start, shared), shared)
-            super().cache_unfinished_req(req, chunked=chunked)
-            req.set_extend_range(start, end)
-        if chunked:  # the next chunk starts where these end, in the tree or the request's own
-            row = self.req_to_token_pool.req_to_token[req.req_pool_idx, :end]
-            req.prefix_indices = row.to(dtype=torch.int64, copy=True)
+        return self.enter(req)
 
     def cache_finished_req(
         self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int
@@ -132,3 +153,79 @@ class PinnedGroupCache(PinnedGroups, RadixCache):
             self._record_remove_event(node)
             depth -= len(node.key)
             node = node.parent
+
+
+class _Lock(NamedTuple):
+    node: int
+    receipt: DecLockRefParams
+
+
+class WindowedGroupCache(_CachesRequests, UnifiedGroups, UnifiedRadixCache):
+    """For models with sliding windows."""
+
+    def __init__(self, params: Any) -> None:
+        self._first: dict[int, None] = {}
+        super().__init__(params)
+
+    def reset(self) -> None:
+        super().reset()
+        self._first.clear()
+        if self.policy is not None:
+            self.policy.forget_cached()
+
+    def cache_finished_req(
+        self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int, **options: Any
+    ) -> None:
+        """Also runs for a request that is retracted or aborted."""
+        is_insert = is_insert and self.keeps(req)
+        last_node, depth = req.last_node, req.cache_protected_len
+        super().cache_finished_req(
+            req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle, **options
+        )
+        text = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle] if is_insert else None
+        self.left(req, last_node, depth, text)
+
+    # What `PinnedGroups` asks
+
+    def match(self, tokens: array[int], namespace: str | None, limit: int) -> tuple[int, int]:
+        key = RadixKey(token_ids=tokens, extra_key=namespace, limit=limit)
+        found = self.match_prefix(MatchPrefixParams(key=key))
+        return found.last_device_node, len(found.device_indices)
+
+    def hold(self, node: int) -> tuple[_Lock, int]:
+        before = self.protected_size()
+        receipt = self.inc_lock_ref(node).to_dec_params()
+        return _Lock(node, receipt), self.protected_size() - before
+
+    def let_go(self, handle: _Lock) -> int:
+        self.dec_lock_ref(handle.node, handle.receipt)
+        return handle.node
+
+    def reach(self, req: Req) -> tuple[int, int]:
+        assert req.extend_range is not None
+        return req.extend_range.end, req.cache_protected_len
+
+    def slide(self, req: Req, to: int) -> None:
+        free_swa_out_of_window_slots(
+            req,
+            to,
+            sliding_window_size=self.sliding_window_size,
+            page_size=self.page_size,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+        )
+
+    def path_to(self, node: int) -> list[PathNode]:
+        nodes = []
+        place = self.tree_core.node_by_id(node)
+        while place is not self.root_node:
+            nodes.append(place)
+            place = place.parent
+        path: list[PathNode] = []
+        for place in reversed(nodes):
+            start = path[-1].end if path else 0
+            path.append(PathNode(place.id, start, start + len(place.key), len(place.children)))
+        return path
+
+    def free_leaf(self, node: int, freed: dict[Any, int]) -> None:
+        self._evict_device_leaf(node, freed)

@@ -95,3 +95,8 @@ def model_config(server_args: ServerArgs) -> Any:
 def set_decode_backend(server_args: ServerArgs, name: str) -> None:
     """Choose the decode attention backend after SGLang has chosen everything."""
     declare_resolution(server_args, "batchllm", decode_attention_backend=name)
+
+
+def set_attention_backend(server_args: ServerArgs, name: str) -> None:
+    """The same of the one for all attention."""
+    declare_resolution(server_args, "batchllm", attention_backend=name)

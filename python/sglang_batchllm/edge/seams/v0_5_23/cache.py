@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import Req
@@ -16,10 +14,10 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
-from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import TreePathNodeInfo
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_batchllm.edge.cache import PinnedGroups, private_member, shared_tokens
+from sglang_batchllm.edge.cache import private_member, shared_tokens
+from sglang_batchllm.edge.unified import PathNode, UnifiedGroups, less, plus
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
@@ -30,9 +28,9 @@ def create_cache(context: TreeCacheBuildContext) -> Any:
     return create_unified_radix_cache(context, cache_class=PinnedGroupCache)
 
 
-class PinnedGroupCache(PinnedGroups, UnifiedRadixCache):
+class PinnedGroupCache(UnifiedGroups, UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
-        self._first: dict[int, None] = {}  # nodes to evict before all others, oldest first
+        self._first: dict[int, None] = {}
         super().__init__(params)
 
     def reset(self) -> None:
@@ -41,9 +39,7 @@ class PinnedGroupCache(PinnedGroups, UnifiedRadixCache):
         if self.policy is not None:
             self.policy.forget_cached()
 
-    def publish(self, req: Req) -> int:
-        """See `policy.store.Store`. The pass that computes them has yet to run: a later one on the
-        same stream finds them written, as with SGLang's chunked prefill."""
+    def enter(self, req: Req) -> int:
         assert req.extend_end is not None
         self.checkpoint(req, up_to=req.extend_end)
         return req.extend_end
@@ -81,60 +77,22 @@ class PinnedGroupCache(PinnedGroups, UnifiedRadixCache):
         self.unlock(handle)
         return handle.node
 
-    def evict_first(self, node: int) -> None:
-        for one in self._loose_path(node):
-            self._first.pop(one.node_id, None)
-            self._first[one.node_id] = None
+    def reach(self, req: Req) -> tuple[int, int]:
+        assert req.extend_end is not None
+        return req.extend_end, req.kv.cache_protected_len
 
-    def free_upwards(self, node: int, depth: int, keep: int) -> None:
-        for one in self._loose_path(node):
-            children = one.num_children - (one.path_end < depth)  # the last was freed before
-            if one.path_end <= keep or children:
-                return
-            self._free_leaf(one.node_id)
+    def slide(self, req: Req, to: int) -> None:
+        self.evict_sliding_windows(req, to)
 
-    def _loose_path(self, node: int) -> Iterator[TreePathNodeInfo]:
-        """The nodes from this one upwards that nobody holds."""
+    def path_to(self, node: int) -> list[PathNode]:
         (path,) = self.tree_core.collect_path_info([node])
-        if path:
-            lock, loose = self.hold(node)
-            self.unlock(lock)
-            held = path[-1].path_end - loose
-            yield from (one for one in reversed(path) if one.path_start >= held)
+        return [
+            PathNode(one.node_id, one.path_start, one.path_end, one.num_children) for one in path
+        ]
 
-    def _free_leaf(self, node: int) -> None:
-        self._first.pop(node, None)
-        self._evict_device_leaf(node, dict.fromkeys(self.components, 0))
-
-    # Eviction
-
-    def evict(self, params: EvictParams) -> EvictResult:
-        freed = self._evict_first_ones(params.num_tokens)
-        return _plus(freed, super().evict(_less(freed, params)))
+    def free_leaf(self, node: int, freed: dict[Any, int]) -> None:
+        self._evict_device_leaf(node, freed)
 
     def evict_for_alloc(self, params: EvictParams, **options: Any) -> EvictResult:
-        freed = self._evict_first_ones(params.num_tokens)
-        return _plus(freed, super().evict_for_alloc(_less(freed, params), **options))
-
-    def _evict_first_ones(self, tokens: int) -> int:
-        """Free leaves that nobody needs until that many tokens are; returns how many were."""
-        freed = 0
-        while self._first and freed < tokens:
-            node = next(iter(self._first))
-            del self._first[node]
-            try:
-                loose = next(self._loose_path(node), None)
-            except KeyError:
-                continue  # evicted already
-            if loose is not None and not loose.num_children:
-                self._free_leaf(node)
-                freed += loose.path_end - loose.path_start
-        return freed
-
-
-def _less(freed: int, params: EvictParams) -> EvictParams:
-    return replace(params, num_tokens=max(params.num_tokens - freed, 0))
-
-
-def _plus(freed: int, result: EvictResult) -> EvictResult:
-    return replace(result, num_tokens_evicted=result.num_tokens_evicted + freed)
+        freed = self.evict_first_ones(params)
+        return plus(freed, super().evict_for_alloc(less(freed, params), **options))

@@ -1,0 +1,158 @@
+"""What caches over SGLang's unified tree have in common: of the Python and the Rust tree, and of
+every release. Nodes are numbers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from sglang.srt.environ import Envs
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+
+from sglang_batchllm.edge.cache import PinnedGroups
+
+
+class PathNode(NamedTuple):
+    """A node on the path from the root: its tokens from there, and the nodes that go on from it."""
+
+    node: int
+    start: int
+    end: int
+    children: int
+
+
+class UnifiedGroups(PinnedGroups):
+    """Frees at once, or before all else, what nobody needs; and pins no more of the pool of
+    sliding-window layers than the window before a prefix's end.
+
+    moved: since it was last looked at, a request's slots became others, which the tree had for the
+    same tokens; its pass has yet to be launched, and has to write there.
+    """
+
+    components: Any
+    match_prefix: Any
+
+    _first: dict[int, None]
+    """Nodes to evict before all others, oldest first."""
+
+    moved = False
+
+    @abstractmethod
+    def enter(self, req: Req) -> int:
+        """See `policy.store.Store.publish`."""
+
+    @abstractmethod
+    def reach(self, req: Req) -> tuple[int, int]:
+        """Prompt tokens of a request that have slots by now, and those of them in the tree."""
+
+    @abstractmethod
+    def slide(self, req: Req, to: int) -> None:
+        """Free what the request, whose next token to see a window is number `to`, has left behind
+        of the pool of such layers and no tree holds."""
+
+    @abstractmethod
+    def path_to(self, node: int) -> Sequence[PathNode]: ...
+
+    @abstractmethod
+    def free_leaf(self, node: int, freed: dict[Any, int]) -> None:
+        """Free the KV of a leaf that nobody holds, and count its tokens by component."""
+
+    # What the policy asks
+
+    def publish(self, req: Req) -> int:
+        """The pass that computes them has yet to run: a later one on the same stream finds them
+        written, as with SGLang's chunked prefill."""
+        if self.window is None:
+            return self.enter(req)
+        reached, in_tree = self.reach(req)
+        key = RadixKey(
+            token_ids=req.full_untruncated_fill_ids, extra_key=req.extra_key, limit=reached
+        )
+        there = self.match_prefix(MatchPrefixParams(key=key)).full_kv_hit_length
+        self.moved |= there > in_tree
+        # The pass reads windows from its first token on.
+        with Envs.SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS.override(False):
+            return self.enter(req)
+
+    def pin(self, tokens: array[int], namespace: str | None, depth: int) -> Any:
+        if self.window is not None and depth > self.window:
+            # A match cuts the tree where it ends, and a lock holds whole nodes.
+            self.match(tokens, namespace, depth - self.window)
+        return super().pin(tokens, namespace, depth)
+
+    # What `PinnedGroups` asks
+
+    def evict_first(self, node: int) -> None:
+        for one in self._loose_path(node):
+            self._first.pop(one.node, None)
+            self._first[one.node] = None
+
+    def free_upwards(self, node: int, depth: int, keep: int) -> None:
+        for one in self._loose_path(node):
+            children = one.children - (one.end < depth)  # the last was freed before
+            if one.end <= keep or children:
+                return
+            self._free_leaf(one.node)
+
+    def _loose_path(self, node: int) -> Iterator[PathNode]:
+        """The nodes from this one upwards that nobody holds."""
+        path = self.path_to(node)
+        if path:
+            handle, loose = self.hold(node)
+            self.let_go(handle)
+            held = path[-1].end - loose
+            yield from (one for one in reversed(path) if one.start >= held)
+
+    def _free_leaf(self, node: int) -> dict[Any, int]:
+        self._first.pop(node, None)
+        freed = dict.fromkeys(self.components, 0)
+        self.free_leaf(node, freed)
+        return freed
+
+    # Eviction
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        freed = self.evict_first_ones(params)
+        rest: EvictResult = super().evict(less(freed, params))  # type: ignore[misc]
+        return plus(freed, rest)
+
+    def evict_first_ones(self, params: EvictParams) -> EvictResult:
+        """Free leaves that nobody needs until there is enough."""
+        done = EvictResult()
+        while self._first and (
+            done.num_tokens_evicted < params.num_tokens
+            or done.swa_num_tokens_evicted < params.swa_num_tokens
+        ):
+            node = next(iter(self._first))
+            del self._first[node]
+            try:
+                loose = next(self._loose_path(node), None)
+            except KeyError:
+                continue  # evicted already
+            if loose is not None and not loose.children:
+                freed = self._free_leaf(node)
+                of_windows = freed.get(ComponentType.SWA, 0)
+                done = plus(done, EvictResult(freed[ComponentType.FULL], of_windows))
+        return done
+
+
+def less(freed: EvictResult, params: EvictParams) -> EvictParams:
+    return replace(
+        params,
+        num_tokens=max(params.num_tokens - freed.num_tokens_evicted, 0),
+        swa_num_tokens=max(params.swa_num_tokens - freed.swa_num_tokens_evicted, 0),
+    )
+
+
+def plus(freed: EvictResult, result: EvictResult) -> EvictResult:
+    return replace(
+        result,
+        num_tokens_evicted=result.num_tokens_evicted + freed.num_tokens_evicted,
+        swa_num_tokens_evicted=result.swa_num_tokens_evicted + freed.swa_num_tokens_evicted,
+    )

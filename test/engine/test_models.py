@@ -1,0 +1,86 @@
+"""Each family of models: transformers' tokens, no prompt token computed twice, whole pools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines import AMPLE, CONTEXT_LENGTH, VOCAB_SIZE
+from model_runs import CHUNK, LONG_OUTPUT, OUTPUT, batches, expected_next, run
+from processes import results_of
+from prompts import distinct_tokens
+from tiny_models import FAMILIES, make_model
+
+SCARCE = {"max_total_tokens": 400, "chunked_prefill_size": CHUNK}
+WINDOWED = [name for name, family in FAMILIES.items() if family.windowed]
+FUSED = {"batchllm": True, "batchllm_attention": "fused"}
+CASES = [
+    *(pytest.param(family, SCARCE, id=family) for family in FAMILIES),
+    *(pytest.param(f, SCARCE | {"swa_full_tokens_ratio": 0.4}, id=f"{f}, few") for f in WINDOWED),
+    *(pytest.param(f, {"max_total_tokens": AMPLE}, id=f"{f}, ample") for f in WINDOWED[-1:]),
+]
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """The rows of the first table of docs/models.md by family, each by column."""
+    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    names, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+    return {row["Family"]: row for row in table}
+
+
+def test_what_the_document_calls_tested_is_tested() -> None:
+    assert [family for family, row in documented().items() if row["CPU"] == "yes"] == [*FAMILIES]
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    class Made(dict[str, Path]):
+        def __missing__(self, family: str) -> Path:
+            folder = tmp_path_factory.mktemp("model")
+            self[family] = make_model(family, folder, VOCAB_SIZE, CONTEXT_LENGTH)
+            return self[family]
+
+    return Made()
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any]) -> None:
+    model = model_of[family]
+    options = FUSED | dict(FAMILIES[family].options) | options
+    (sent,) = results_of(run, str(model), options)
+    results, reports = sent["results"], sent["reports"]
+    for name, prompts in batches().items():
+        outputs = [one["output_ids"] for one in results[name]]
+        assert {len(output) for output in outputs} == {LONG_OUTPUT if name == "wide" else OUTPUT}
+        assert outputs == expected_next(model, prompts, outputs), name
+        computed = sum(one["computed"] for one in results[name])
+        assert computed == distinct_tokens(prompts), name
+        last = reports[name]["batches"][-1]
+        assert last["computed_tokens"] == last["distinct_tokens"] == computed, name
+        assert last["peak_pinned_tokens"] > 0
+    table = documented()[family]
+    assert sent["shared"] == [table["Decode"], table["Last layer"]]
+
+    wide = reports["wide"]["batches"][-1]
+    assert (wide["retractions"] > 0) == (options["max_total_tokens"] < AMPLE)
+
+    assert [one["output_ids"] for one in results["again"]] == [
+        one["output_ids"] for one in results["mixed"]
+    ]
+    for index, one in enumerate(results["aborted"]):
+        if index % 3:
+            assert one["output_ids"] == results["mixed"][index]["output_ids"]
+    assert reports["aborted"]["batches"][-1]["aborted"] > 0
+
+    for report in reports.values():
+        windows = report.get("window_kv_tokens")
+        assert (windows is not None) == (family in WINDOWED)
+        if windows is not None:
+            assert windows["free_or_evictable"] == windows["total"]
+            assert windows["pinned"] == 0

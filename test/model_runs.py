@@ -1,0 +1,136 @@
+"""What an engine of one model family is put through, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from engines import flush, wait_until_whole
+from processes import in_scheduler, stock_scheduler
+from prompts import mixed_batch
+from tiny_models import WINDOW
+
+CHUNK = 48
+OUTPUT = 12
+LONG_OUTPUT = 3 * WINDOW
+
+
+def greedy(tokens: int) -> dict[str, Any]:
+    return {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+
+
+def batches() -> dict[str, list[list[int]]]:
+    """mixed: all kinds of sharing, by prefixes shorter and longer than a window. chain: each prompt
+    is a prefix of the next. long: no prompt fits a chunk, and what they do not share is longer than
+    a window."""
+    chain = [5, 4, *range(2, 182)]
+    shared = [7, *range(300, 370)]
+    tail = range(10, 10 + CHUNK + WINDOW)
+    return {
+        "mixed": mixed_batch(48),
+        "chain": [chain[:length] for length in range(182, 2, -4)],
+        "long": [[*shared, first, *tail] for first in range(20, 26)],
+        "wide": [p for p in mixed_batch(80, seed=3) if len(p) > 2 * WINDOW][:12],
+    }
+
+
+def _tell_what_is_shared(path: str) -> None:
+    """In a scheduler's process: write what decodes through shared prefixes, and how the last layer
+    prefills, as the table of docs/models.md has it."""
+    scheduler = stock_scheduler()
+    prepare = scheduler.init_schedule_policy
+
+    def prepare_and_tell(self: Any) -> None:
+        from sglang_batchllm.edge import fusable, last_layer
+
+        prepare(self)
+        runner = self.tp_worker.model_runner
+        layers = fusable.attention_layers(runner.model)
+        shared = sum(fusable.layer_refusal(layer) is None for layer in layers)
+        if fusable.model_refusal(runner) is not None:
+            shared = 0
+        decode = "none" if not shared else "all" if shared == len(layers) else "full"
+        end = last_layer._refusal(runner.model.model.layers[-1], self.server_args)
+        Path(path).write_text(f"{decode} {'no' if end else 'yes'}")
+
+    scheduler.init_schedule_policy = prepare_and_tell
+
+
+def run(model: str, options: dict[str, Any], pipe: Any) -> None:
+    """Sends {"results": of each batch by name, "reports": one for each, "shared": what decodes
+    through shared prefixes, and whether the last layer's end is computed for samples alone}."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    class TellingEngine(Engine):
+        pass
+
+    told = Path(model) / "shared"
+    in_scheduler(TellingEngine, _tell_what_is_shared, str(told))
+    engine = TellingEngine(
+        model_path=model, dtype="float32", sleep_on_idle=True, log_level="warning", **options
+    )
+    results: dict[str, Any] = {}
+    reports: dict[str, Any] = {}
+
+    def keep(name: str, answers: list[dict[str, Any]]) -> None:
+        results[name] = [
+            {
+                "output_ids": answer["output_ids"],
+                "computed": _computed(answer["meta_info"]),
+            }
+            for answer in answers
+        ]
+        reports[name] = wait_until_whole(engine)
+        flush(engine)
+
+    try:
+        for name, prompts in batches().items():
+            wide = name == "wide"  # whose outputs are promised to be short
+            rids = [f"{name}-{index}{'#out=4' * wide}" for index in range(len(prompts))]
+            sampling = greedy(LONG_OUTPUT if wide else OUTPUT)
+            keep(name, engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids))
+        keep("aborted", _aborted(engine))
+        keep("again", engine.generate(input_ids=batches()["mixed"], sampling_params=greedy(OUTPUT)))
+        pipe.send({"results": results, "reports": reports, "shared": told.read_text().split()})
+    finally:
+        engine.shutdown()
+
+
+def _computed(info: dict[str, Any]) -> int:
+    """0 of a request that was aborted before it ran."""
+    return info.get("prompt_tokens", 0) - info.get("cached_tokens", 0)
+
+
+def _aborted(engine: Any) -> list[dict[str, Any]]:
+    """The mixed batch, of which every third request is aborted soon after it has come."""
+    prompts = batches()["mixed"]
+    rids = [f"aborted-{i}" for i in range(len(prompts))]
+    sampling = [greedy(OUTPUT if i % 3 else 200) for i in range(len(prompts))]
+
+    async def ask() -> list[dict[str, Any]]:
+        task = asyncio.ensure_future(
+            engine.async_generate(input_ids=prompts, sampling_params=sampling, rid=rids)
+        )
+        await asyncio.sleep(0.5)
+        for rid in rids[::3]:
+            engine.tokenizer_manager.abort_request(rid)
+        return await task
+
+    return engine.loop.run_until_complete(ask())
+
+
+def expected_next(model: Path, prompts: list[list[int]], outputs: list[list[int]]) -> list[Any]:
+    """The greedy tokens of Hugging Face transformers, after each prompt and its output so far."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    expected = []
+    with torch.inference_mode():
+        for prompt, output in zip(prompts, outputs, strict=True):
+            logits = reference(torch.tensor([prompt + output]), use_cache=False).logits[0]
+            expected.append(logits[len(prompt) - 1 : -1].argmax(-1).tolist())
+    return expected

@@ -1,0 +1,148 @@
+"""Tiny random models of many families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tiny_model import train_tokenizer
+
+WINDOW = 24
+"""Tokens that a sliding-window layer sees."""
+
+LAYERS = 4
+
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_WINDOWS = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 4096,
+}
+
+
+class Family(NamedTuple):
+    """kind, config: the ``model_type`` of transformers, and what the tiny model's configuration
+    says beside its sizes. options: that an engine needs to run it on a CPU. windowed: SGLang has a
+    pool of its own for the sliding-window layers."""
+
+    kind: str
+    config: Mapping[str, Any]
+    options: Mapping[str, Any]
+    windowed: bool = False
+
+
+FAMILIES = {
+    "Llama": Family("llama", {}, {}),
+    "Qwen2": Family("qwen2", {}, {}),
+    "Qwen3": Family("qwen3", {}, {}),
+    "Mistral": Family("mistral", {"sliding_window": None}, {}),
+    "Gemma 2": Family(
+        "gemma2",
+        {
+            "query_pre_attn_scalar": 16,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": None,
+            "hidden_act": "gelu_pytorch_tanh",  # SGLang reads the older of its two names
+        },
+        {},
+    ),
+    "Gemma 3": Family("gemma3_text", _WINDOWS | {"query_pre_attn_scalar": 16}, {}),
+    "Gemma 4": Family(
+        "gemma4_text",
+        _WINDOWS
+        | {
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 2,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "final_logit_softcapping": None,
+            "swa_head_dim": 16,  # as SGLang derives them from a whole Gemma 4
+            "swa_num_key_value_heads": 2,
+        },
+        {},
+        windowed=True,
+    ),
+    "gpt-oss": Family(
+        "gpt_oss",
+        _WINDOWS | {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 7.0},
+        {"moe_runner_backend": "triton"},
+        windowed=True,
+    ),
+    "Mellum": Family(
+        "mellum",
+        _WINDOWS
+        | _EXPERTS
+        | {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
+        {},
+        windowed=True,
+    ),
+    "Qwen3-MoE": Family("qwen3_moe", _EXPERTS | {"norm_topk_prob": True}, {}),
+    "Mixtral": Family("mixtral", {"num_local_experts": 4, "sliding_window": None}, {}),
+    "DeepSeek-V2": Family(
+        "deepseek_v2",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 32,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "rope_parameters": _YARN,
+        },
+        {},
+    ),
+}
+
+
+def make_model(family: str, folder: Path, vocab_size: int, context_length: int) -> Path:
+    """Write a float32 model, the same every time, and a tokenizer into `folder`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    train_tokenizer(folder, [__doc__ or ""], vocab_size)
+    made = FAMILIES[family]
+    sizes = _SIZES | {"vocab_size": vocab_size, "max_position_embeddings": context_length}
+    config = AutoConfig.for_model(made.kind, **(sizes | dict(made.config)))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("sinks"):
+                weight.copy_(torch.randn_like(weight).bfloat16())  # as SGLang keeps them
+            elif weight.dim() > 1 and "embed" not in name:
+                weight.mul_(4.0)  # far from ties, and so that attention tells tokens apart
+    model.save_pretrained(folder)
+    return folder
