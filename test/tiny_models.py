@@ -115,6 +115,7 @@ FAMILIES = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 32,
             "first_k_dense_replace": 1,
+            "moe_layer_freq": 1,
             "n_group": 1,
             "topk_group": 1,
             "topk_method": "greedy",
