@@ -30,16 +30,6 @@ _WINDOWS = {
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 40.0,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-    "original_max_position_embeddings": 4096,
-}
 
 
 class Family(NamedTuple):
@@ -101,27 +91,6 @@ FAMILIES = {
     ),
     "Qwen3-MoE": Family("qwen3_moe", _EXPERTS | {"norm_topk_prob": True}, {}),
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "sliding_window": None}, {}),
-    "DeepSeek-V2": Family(
-        "deepseek_v2",
-        {
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 32,
-            "q_lora_rank": None,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 16,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-            "topk_method": "greedy",
-            "rope_parameters": _YARN,
-        },
-        {},
-    ),
 }
 
 
