@@ -104,7 +104,7 @@ def plan_kernel(
     for upwards in range(levels):
         level = levels - 1 - upwards
         node_ptr = group_ptr + level * LEVEL
-        group, end, above, inside = _members_of(
+        group, end, above, inside = _members_of(  # pyright: ignore[reportGeneralTypeIssues]
             group_id_ptr, prefix_len_ptr, row, level, num_rows, num_groups, in_batch, seq_len
         )
         rank = tl.atomic_add(node_ptr + group, 1, mask=inside)
@@ -134,7 +134,7 @@ def plan_kernel(
     prefix_work = tl.zeros([], tl.int64)
     for level in range(levels):
         node_ptr = group_ptr + level * LEVEL
-        group, end, above, inside = _members_of(
+        group, end, above, inside = _members_of(  # pyright: ignore[reportGeneralTypeIssues]
             group_id_ptr, prefix_len_ptr, row, level, num_rows, num_groups, in_batch, seq_len
         )
         tiles_of = tl.load(node_ptr + BLOCK_G + group, mask=inside, other=0, volatile=True)
@@ -197,7 +197,7 @@ def plan_kernel(
     prefix_items = tl.zeros([], tl.int32)
     for level in range(levels):
         node_ptr = group_ptr + level * LEVEL
-        group, end, above, inside = _members_of(
+        group, end, above, inside = _members_of(  # pyright: ignore[reportGeneralTypeIssues]
             group_id_ptr, prefix_len_ptr, row, level, num_rows, num_groups, in_batch, seq_len
         )
         tiles = tl.load(node_ptr + BLOCK_G + g, volatile=True)

@@ -60,7 +60,8 @@ class CpuAttention(TorchNativeAttnBackend):
     ) -> None:
         if asked and k is not None:
             loc = KVWriteLoc(batch.out_cache_loc, self.swa_out_cache_loc)
-            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v)
+            pool: Any = self.token_to_kv_pool
+            pool.set_kv_buffer(layer, loc, k, v)
 
     def _attend(
         self,
@@ -73,6 +74,7 @@ class CpuAttention(TorchNativeAttnBackend):
         """Causal attention over the cache. q: [tokens, query heads * head_dim], counts[i] of
         request i, the last ones that it has; returns [tokens, query heads * v_head_dim]."""
         pool: Any = self.token_to_kv_pool
+        rows: Any = self.req_to_token_pool
         k_cache = pool.get_key_buffer(layer.layer_id)
         v_cache = pool.get_value_buffer(layer.layer_id)
         window = _window(layer)
@@ -83,7 +85,7 @@ class CpuAttention(TorchNativeAttnBackend):
             batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), queries, strict=True
         ):
             first = 0 if window == NO_WINDOW else max(end - len(query) - window, 0)
-            slots = self.req_to_token_pool.req_to_token[row, first:end].to(torch.int64)
+            slots = rows.req_to_token[row, first:end].to(torch.int64)
             if translate:
                 slots = pool.translate_loc_from_full_to_swa(slots)
             outputs.append(_attention(query, k_cache[slots], v_cache[slots], layer, sinks))

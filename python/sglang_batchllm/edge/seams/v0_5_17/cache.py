@@ -160,7 +160,9 @@ class _Lock(NamedTuple):
     receipt: DecLockRefParams
 
 
-class WindowedGroupCache(_CachesRequests, UnifiedGroups, UnifiedRadixCache):
+class WindowedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
+    _CachesRequests, UnifiedGroups, UnifiedRadixCache
+):
     """For models with sliding windows."""
 
     def __init__(self, params: Any) -> None:
@@ -217,7 +219,7 @@ class WindowedGroupCache(_CachesRequests, UnifiedGroups, UnifiedRadixCache):
 
     def path_to(self, node: int) -> list[PathNode]:
         nodes = []
-        place = self.tree_core.node_by_id(node)
+        place: Any = self.tree_core.node_by_id(node)
         while place is not self.root_node:
             nodes.append(place)
             place = place.parent
