@@ -10,7 +10,6 @@ measured first. `wanted` is 1.1 times what FastTree (MLSys'25) reached on an H10
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from attention_contenders import make_fa3, make_ours
 from attention_shapes import DIM, KV_HEADS, TREES, Inputs, make_tree_inputs, tree
 from bench_attention import check, step_ms
+from results_file import ResultFile
 
 
 def copy_rate() -> float:
@@ -68,12 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     rate = copy_rate()
-    result: dict[str, object] = {
-        "unit": "ms per layer",
-        "device": torch.cuda.get_device_name(),
-        "copy bytes per ms": rate,
-    }
-    rows: dict[str, dict[str, float]] = {}
+    file = ResultFile(options.out, key=["case"])
     for name in options.trees:
         nodes, tokens, wanted = TREES[name]
         inputs = make_tree_inputs(tree(nodes, tokens))
@@ -89,13 +84,10 @@ def main() -> None:
                 row[f"part_tokens {parts}"], _ = ours_ms(inputs, part_tokens=parts)
             for wide in (96, 160, 320):
                 row[f"wide_tokens {wide}"], _ = ours_ms(inputs, wide_tokens=wide)
-        rows[name] = row
+        file.add({"case": name, "unit": "ms per layer", "copy bytes per ms": rate, **row})
         print(
             f"{name:30}", " ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True
         )
-    result["trees"] = rows
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
