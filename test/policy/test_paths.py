@@ -15,7 +15,7 @@ from sglang_batchllm.policy.pins import PinnedTree
 def paths_of(prompts: list[list[int]]) -> tuple[SharedPaths, PinnedTree]:
     plan = plan_batch(prompts)
     store: Any = None  # nothing is pinned
-    pins = PinnedTree(plan, store, lambda tokens: None)
+    pins = PinnedTree(plan, store, lambda tokens, kept: None)
     return SharedPaths(plan, pins), pins
 
 
