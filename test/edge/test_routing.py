@@ -46,7 +46,7 @@ def test_what_is_a_replicas_goes_to_it_alone(sent):
     routing.know_lists(lambda: prepared.append(True), init_dispatcher, one)
     assert prepared
     turns = NameTurns(batch="b", turns={}, replica=0)
-    messages = [turns, packed(1), AbortList(rids=["a"])]
+    messages = [turns, packed(1), AbortList(rids=["a"], awaited=set())]
     for message in messages:
         one._request_dispatcher(message)
     assert sent == [("first", turns), ("second", messages[1])]

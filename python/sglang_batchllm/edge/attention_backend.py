@@ -206,7 +206,7 @@ class BatchLLMAttnBackend(AttentionBackend):
             scaled = self.scales_kv and layer.k_scale is not None
             to_save = (k.clone(), v.clone()) if scaled else (k, v)
             self._save_kv(*to_save, layer, forward_batch)
-        q = q.reshape(q.shape[0], -1)
+        q = q.reshape(-1, layer.tp_q_head_num * layer.head_dim)  # some models have it in 4 axes
         out = q.new_empty(q.shape)
         tokens = mixed.tokens
         if mixed.prefill is not None:
@@ -251,7 +251,7 @@ class BatchLLMAttnBackend(AttentionBackend):
         self._refuse_unknown(kwargs)
         if save_kv_cache and k is not None:
             self._save_kv(k, v, layer, forward_batch)
-        q = q.reshape(q.shape[0], -1)
+        q = q.reshape(-1, layer.tp_q_head_num * layer.head_dim)  # some models have it in 4 axes
         out = q.new_empty(q.shape)
         self._decode(q, out, layer, forward_batch.req_pool_indices, forward_batch.seq_lens, sinks)
         return out
