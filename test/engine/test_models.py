@@ -18,7 +18,7 @@ SCARCE = {"max_total_tokens": 400, "chunked_prefill_size": CHUNK}
 WINDOWED = [name for name, family in FAMILIES.items() if family.windowed]
 FUSED = {"batchllm": True, "batchllm_attention": "fused"}
 FEW = SCARCE | {"swa_full_tokens_ratio": 0.4}
-MOST_TELLING = {"Gemma 3", "Qwen3-MoE", "gpt-oss, few", "Mellum, ample"}
+MOST_TELLING = {"Gemma 3", "Qwen3-MoE", "gpt-oss, few"}
 EVERY = os.environ.get("ALL_MODELS") == "1"
 CASES = [
     pytest.param(
