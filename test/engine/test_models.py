@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(("family", "options"), CASES)
 def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any]) -> None:
+    if family == "Gemma 4" and importlib.metadata.version("sglang") == "0.5.17":
+        pytest.skip("SGLang 0.5.17 takes no attention for it that a CPU has")
     model = model_of[family]
     options = FUSED | dict(FAMILIES[family].options) | options
     (sent,) = results_of(run, str(model), options)
