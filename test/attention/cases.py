@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -51,26 +52,14 @@ class Batch:
         )
 
 
-def make_batch(
-    groups: list[tuple[int, list[int]]],
-    num_kv_heads: int = 2,
-    ratio: int = 2,
-    head_dim: int = 16,
-    dtype: torch.dtype = torch.float32,
-    kv_dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-    page_size: int = 1,
-    padding: int = 0,
-) -> Batch:
-    """groups: (prefix tokens, suffix tokens of each member); a group of prefix 0 is no group."""
+def make_batch(groups: list[tuple[int, list[int]]], *shape: Any, **options: Any) -> Batch:
+    """groups: (prefix tokens, suffix tokens of each member); a group of prefix 0 is no group.
+    shape, options: as `make_tree_batch` takes them."""
     paths: list[Path] = []
     for number, (prefix, suffixes) in enumerate(groups):
         shared = [(number, prefix)] if prefix else []
         paths += [(shared, suffix) for suffix in suffixes]
-    return make_tree_batch(
-        paths, num_kv_heads, ratio, head_dim, dtype, kv_dtype, device, seed, page_size, padding
-    )
+    return make_tree_batch(paths, *shape, **options)
 
 
 def make_tree_batch(

@@ -335,8 +335,8 @@ def fused_decode_kernel(
     whoever has it rewinds the counter.
     """
     programs = tl.num_programs(0)
-    narrow = tl.load(header_ptr + 4) * NUM_KV_HEADS
-    total = narrow + (tl.load(header_ptr) - tl.load(header_ptr + 4)) * (NUM_KV_HEADS // WIDE_HEADS)
+    narrow = tl.load(header_ptr + 3) * NUM_KV_HEADS
+    total = narrow + (tl.load(header_ptr) - tl.load(header_ptr + 3)) * (NUM_KV_HEADS // WIDE_HEADS)
     ticket = tl.program_id(0)
     draw = _draw(queue_ptr, THREADS)
     kv_head, kind, row, start, tokens, first, members, part = _load_item(

@@ -235,5 +235,4 @@ def plan_kernel(
     tl.store(header_ptr, narrow_items + tl.sum(wide_parts))
     tl.store(header_ptr + 1, prefix_split)
     tl.store(header_ptr + 2, suffix_split)
-    tl.store(header_ptr + 3, prefix_items)
-    tl.store(header_ptr + 4, narrow_items)
+    tl.store(header_ptr + 3, narrow_items)

@@ -164,10 +164,10 @@ class WorkListConfig:
 class WorkList:
     """Device buffers of the work list, for batches of up to ``max_batch`` requests.
 
-    items: int32 [item capacity, ITEM_FIELDS]; header: int32 [5]: items, tokens per prefix split
-    and per suffix split at most, prefix items, items before the wide ones; members: int32, the
-    batch positions of the nodes' members, node by node; slots: int32, the KV slots that are read
-    together; part_base, part_count: int32 [max_batch].
+    items: int32 [item capacity, ITEM_FIELDS]; header: int32 [4]: items, tokens per prefix split
+    and per suffix split at most, items before the wide ones; members: int32, the batch positions of
+    the nodes' members, node by node; slots: int32, the KV slots that are read together; part_base,
+    part_count: int32 [max_batch].
 
     The shared slots are copied, 4 bytes a token, since SGLang's overlap scheduler may give a
     finished request's row of ``req_to_token`` to another request while a captured graph still
@@ -182,7 +182,6 @@ class WorkList:
         num_rows: int,
         slot_capacity: int,
         device: torch.device | str,
-        levels: int = LEVELS,
     ) -> None:
         self.config = config
         self.max_batch = max_batch
@@ -204,12 +203,12 @@ class WorkList:
         def buffer(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self.header = buffer(5)
+        self.header = buffer(4)
         self.items = buffer(self.item_capacity, ITEM_FIELDS)
         self.members = buffer(self.member_capacity)
         self.slots = buffer(max(slot_capacity, 1))
-        self.groups = buffer(levels, GROUP_FIELDS.value, self.block_g)
-        self.requests = buffer(REQUEST_FIELDS.value + levels, self.max_block)
+        self.groups = buffer(LEVELS, GROUP_FIELDS.value, self.block_g)
+        self.requests = buffer(REQUEST_FIELDS.value + LEVELS, self.max_block)
         self.part_base = self.requests[0]
         self.part_count = self.requests[1]
 
@@ -220,20 +219,19 @@ class WorkList:
         group_id: torch.Tensor,
         prefix_len: torch.Tensor,
         req_to_token: torch.Tensor,
-        levels: int | None = None,
+        levels: int,
     ) -> None:
         """Queue the two launches that fill the list for a batch.
 
         rows, seq_lens: integer [batch]; group_id, prefix_len: int32 [levels, num_rows], see
         `GroupTable`; req_to_token: int32 [num_rows, max context], of which only what is read
-        together is read here. levels: how many of them are in use; None for all.
+        together is read here. levels: how many of them are in use.
         """
         batch = rows.shape[0]
         config = self.config
         fitting = next((block for block in BLOCKS if batch <= block), BLOCKS[-1])
         block_b = max(min(self.max_block, fitting), next_power_of_2(batch))
-        used, num_rows = group_id.shape
-        used = used if levels is None else levels
+        num_rows = group_id.shape[1]
         tiles = {
             "LANES_SMALL": config.lanes_small,
             "LANES_LARGE": config.lanes_large,
@@ -249,7 +247,7 @@ class WorkList:
             self.groups,
             self.requests,
             batch,
-            used,
+            levels,
             num_rows,
             self.num_groups,
             self.slot_capacity,
@@ -275,7 +273,7 @@ class WorkList:
             self.items,
             self.members,
             self.slots,
-            used,
+            levels,
             num_rows,
             BLOCK_COPY=256,
             num_warps=4,  # pyright: ignore[reportCallIssue]

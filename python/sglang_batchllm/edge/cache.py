@@ -65,6 +65,12 @@ class PinnedGroups(ABC):
         """Free the KV of the path that ends in `node`, `depth` tokens deep, down to its first
         `keep` tokens or a node that is held or has other continuations."""
 
+    def reset(self) -> None:
+        stock: Any = super()
+        stock.reset()
+        if self.policy is not None:
+            self.policy.forget_cached()
+
     # Layers that see only a window
 
     @cached_property

@@ -38,10 +38,15 @@ class UnifiedGroups(PinnedGroups):
     components: Any
     match_prefix: Any
 
-    _first: dict[int, None]
-    """Nodes to evict before all others, oldest first."""
-
     moved = False
+
+    def __init__(self, params: Any) -> None:
+        self._first: dict[int, None] = {}  # nodes to evict before all others, oldest first
+        super().__init__(params)  # type: ignore[call-arg]
+
+    def reset(self) -> None:
+        super().reset()
+        self._first.clear()
 
     @abstractmethod
     def enter(self, req: Req) -> int:

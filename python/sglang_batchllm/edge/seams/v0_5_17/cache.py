@@ -71,8 +71,6 @@ class PinnedGroupCache(_CachesRequests, RadixCache):
     def reset(self) -> None:
         self._matches: dict[TreeNode, MatchResult] = {}  # of nodes that are held
         super().reset()
-        if self.policy is not None:
-            self.policy.forget_cached()
 
     def publish(self, req: Req) -> int:
         """See `policy.store.Store`. The pass that computes them has yet to run: a later one on the
@@ -164,16 +162,6 @@ class WindowedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
     _CachesRequests, UnifiedGroups, UnifiedRadixCache
 ):
     """For models with sliding windows."""
-
-    def __init__(self, params: Any) -> None:
-        self._first: dict[int, None] = {}
-        super().__init__(params)
-
-    def reset(self) -> None:
-        super().reset()
-        self._first.clear()
-        if self.policy is not None:
-            self.policy.forget_cached()
 
     def cache_finished_req(
         self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int, **options: Any

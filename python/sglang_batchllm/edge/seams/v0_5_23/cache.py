@@ -29,16 +29,6 @@ def create_cache(context: TreeCacheBuildContext) -> Any:
 
 
 class PinnedGroupCache(UnifiedGroups, UnifiedRadixCache):
-    def __init__(self, params: Any) -> None:
-        self._first: dict[int, None] = {}
-        super().__init__(params)
-
-    def reset(self) -> None:
-        super().reset()
-        self._first.clear()
-        if self.policy is not None:
-            self.policy.forget_cached()
-
     def enter(self, req: Req) -> int:
         assert req.extend_end is not None
         self.checkpoint(req, up_to=req.extend_end)
