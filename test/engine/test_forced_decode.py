@@ -38,6 +38,7 @@ def forced_engine(tiny_model: Path, forced_file: Path) -> Iterator[Any]:
     engine = ForcedEngine(
         model_path=str(tiny_model),
         dtype="float32",
+        sleep_on_idle=True,
         batchllm=True,
         batchllm_attention="fused",
         max_total_tokens=MIXING,

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,21 @@ def sampling(index: int) -> dict[str, Any]:
 
 def replica_of(result: dict[str, Any]) -> int:
     return result["meta_info"]["dp_rank"]
+
+
+def process_of(name: str) -> psutil.Process:
+    return next(
+        process
+        for process in psutil.Process().children(recursive=True)
+        if name in process.name() or name in " ".join(process.cmdline())
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_afterwards(replicated_engine: Any) -> Iterator[None]:
+    """The process before the replicas never sleeps, and the engine ends with the session."""
+    yield
+    process_of("data_parallel_controller").suspend()
 
 
 def test_a_caller_may_choose_the_replica(replicated_engine):
@@ -246,11 +262,7 @@ def test_what_is_held_back_is_computed_once_too(replicated_engine, stock_engine,
 def test_a_replica_that_stands_still_leaves_its_groups_to_the_other(replicated_engine, handed_out):
     prompts = mixed_batch(240, seed=9)
     flush(replicated_engine)
-    scheduler = next(
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "scheduler_DP0" in process.name() or "scheduler_DP0" in " ".join(process.cmdline())
-    )
+    scheduler = process_of("scheduler_DP0")
     scheduler.suspend()
     timer = threading.Timer(6, scheduler.resume)
     timer.start()
