@@ -148,6 +148,7 @@ def test_what_a_server_never_takes_runs_as_it_comes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(room, "MAX_REQUESTS", 1)
+    caplog.set_level("WARNING", "sglang_batchllm")
     engine = PretendedEngine()
     rows = [{"number": i} for i in range(5)]
     states = sgl.function(fork).run_batch(rows, backend=engine.backend())

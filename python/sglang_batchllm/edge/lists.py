@@ -145,6 +145,7 @@ class ListIntake(SampledLists):
         except BaseException:
             self._dispatch_to_scheduler(AbortList(rids=[*states], awaited=set()))
             self._dispatch_to_scheduler(end_of_list(name))
+            self.given_up(states.values())
             raise
         self.all_sent(states.values())
         self.rid_to_state.update(states)  # SGLang has forgotten those that are answered already

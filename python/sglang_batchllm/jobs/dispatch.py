@@ -7,6 +7,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,11 @@ class Dispatch:
         most = min(MAX_WINDOW, max(MIN_WINDOW, 2 * (about.running or 0)))
         status = self.status
         windows = self.wanted.windows(self.rows.index.places["size"], most, WINDOW_BYTES)
-        counting = asyncio.create_task(self._count_tokens(server)) if about.running else None
+        counting: asyncio.Task[None] | None = None
+        if about.running:
+            with contextlib.suppress(ServerLostError):
+                before = (await server.report())["total"]
+                counting = asyncio.create_task(self._count_tokens(server, before))
         try:
             while True:
                 try:
@@ -233,10 +238,9 @@ class Dispatch:
                 f"time because {lost}; nothing that is done is lost, run the same command again"
             )
 
-    async def _count_tokens(self, server: Server) -> None:
-        """Now and then, and once when all is done."""
+    async def _count_tokens(self, server: Server, before: dict[str, Any]) -> None:
+        """Now and then, and once when all is done. before: the server's totals, before this run."""
         with contextlib.suppress(ServerLostError):
-            before = (await server.report())["total"]
             while True:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._done.wait(), COUNT_SECONDS)

@@ -53,6 +53,9 @@ class SendingManager(TokenizerManager):
         for state in states:
             state.abort_requested = False
 
+    def given_up(self, states: Iterable[ReqState]) -> None:
+        """SGLang forgets every request of a list that an error ends."""
+
     def stock_answers(self, obj: Any, request: Any, state: ReqState) -> AsyncIterator[Any]:
         """SGLang's generator, which looks the state up once it is asked; by then it may be gone."""
         view: Any = _StateView(self, {obj.rid: state})

@@ -48,5 +48,11 @@ class SendingManager(TokenizerManager):
     def all_sent(self, states: Iterable[ReqState]) -> None:
         """Nor does it look after that."""
 
+    def given_up(self, states: Iterable[ReqState]) -> None:
+        """Of a list that an error ends, SGLang keeps what was sent until the scheduler has answered
+        it. That is told to drop these without a word."""
+        for state in states:
+            state.dispatched = False
+
     def stock_answers(self, obj: Any, request: Any, state: ReqState) -> AsyncIterator[Any]:
         return super()._wait_one_response(obj, request)
