@@ -35,12 +35,13 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 class Family(NamedTuple):
     """kind, config: the ``model_type`` of transformers, and what the tiny model's configuration
     says beside its sizes. options: that an engine needs to run it on a CPU. windowed: SGLang has a
-    pool of its own for the sliding-window layers."""
+    pool of its own for the sliding-window layers. recurrent: some layers keep a state instead."""
 
     kind: str
     config: Mapping[str, Any]
     options: Mapping[str, Any]
     windowed: bool = False
+    recurrent: bool = False
 
 
 FAMILIES = {
@@ -90,6 +91,22 @@ FAMILIES = {
         windowed=True,
     ),
     "Qwen3-MoE": Family("qwen3_moe", _EXPERTS | {"norm_topk_prob": True}, {}),
+    "Qwen3-Next": Family(
+        "qwen3_next",
+        _EXPERTS
+        | {
+            "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2),
+            "full_attention_interval": 2,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 3,  # SGLang splits 1, 2 and 4 to a key by a kernel of a GPU
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "norm_topk_prob": True,
+        },
+        {},
+        recurrent=True,
+    ),
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "sliding_window": None}, {}),
 }
 

@@ -14,6 +14,7 @@ import pytest
 
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.args import BatchLLMServerArgs, UnsupportedError, resolved
+from tiny_models import make_model
 
 _RUN_AS_OTHER_VERSION = """
 import runpy, sys
@@ -151,6 +152,35 @@ def test_a_front_end_that_is_not_python_is_refused(tiny_model, monkeypatch):
     monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
     with pytest.raises(UnsupportedError, match="does not support SGLANG_RUST_SERVER; unset it"):
         BatchLLMServerArgs(model_path=str(tiny_model), batchllm=True)
+
+
+@pytest.fixture(scope="module")
+def recurrent_model(tmp_path_factory) -> str:
+    return str(make_model("Qwen3-Next", tmp_path_factory.mktemp("model"), 320, 2048))
+
+
+RECURRENT = pytest.mark.skipif(version("sglang") != "0.5.17", reason="refused on other releases")
+
+
+@RECURRENT
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"mamba_radix_cache_strategy": "extra_buffer"}, "--mamba-radix-cache-strategy extra"),
+        ({"page_size": 16}, "--page-size 16 for a model with Mamba or linear-attention state"),
+        ({"chunked_prefill_size": -1}, "--chunked-prefill-size -1"),
+    ],
+)
+def test_what_recurrent_state_does_not_go_with(recurrent_model, options, named):
+    with pytest.raises(UnsupportedError, match=named):
+        decided(BatchLLMServerArgs(model_path=recurrent_model, batchllm=True, **options))
+
+
+@RECURRENT
+def test_recurrent_state_is_kept_without_buffers_and_overlap(recurrent_model):
+    args = decided(BatchLLMServerArgs(model_path=recurrent_model, batchllm=True))
+    assert args.mamba_radix_cache_strategy == "no_buffer"
+    assert args.disable_overlap_schedule
 
 
 def decided(args: BatchLLMServerArgs) -> Any:

@@ -16,10 +16,12 @@ from prompts import distinct_tokens
 from tiny_models import FAMILIES, make_model
 
 SCARCE = {"max_total_tokens": 400, "chunked_prefill_size": CHUNK}
+RECURRENT = [name for name, family in FAMILIES.items() if family.recurrent]
 WINDOWED = [name for name, family in FAMILIES.items() if family.windowed]
 FUSED = {"batchllm": True, "batchllm_attention": "fused"}
 FEW = SCARCE | {"swa_full_tokens_ratio": 0.4}
-MOST_TELLING = {"Gemma 3", "Qwen3-MoE", "gpt-oss, few"}
+FEW_STATES = SCARCE | {"max_mamba_cache_size": 14}
+MOST_TELLING = {"Gemma 3", "Qwen3-MoE", "gpt-oss, few", "Qwen3-Next, few"}
 EVERY = os.environ.get("ALL_MODELS") == "1"
 CASES = [
     pytest.param(
@@ -33,7 +35,9 @@ CASES = [
     for family, options, name in (
         *((family, SCARCE, family) for family in FAMILIES),
         *((family, FEW, f"{family}, few") for family in WINDOWED),
+        *((family, FEW_STATES, f"{family}, few") for family in RECURRENT),
         *((family, {"max_total_tokens": AMPLE}, f"{family}, ample") for family in WINDOWED[-1:]),
+        *((family, {"max_total_tokens": AMPLE}, f"{family}, ample") for family in RECURRENT),
     )
 ]
 
@@ -68,6 +72,8 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any]) -> None:
     if family == "Gemma 4" and importlib.metadata.version("sglang") == "0.5.17":
         pytest.skip("SGLang 0.5.17 takes no attention for it that a CPU has")
+    if family in RECURRENT and importlib.metadata.version("sglang") != "0.5.17":
+        pytest.skip("refused on other releases")
     model = model_of[family]
     options = FUSED | dict(FAMILIES[family].options) | options
     (sent,) = results_of(run, str(model), options)
@@ -101,3 +107,8 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
         if windows is not None:
             assert windows["free_or_evictable"] == windows["total"]
             assert windows["pinned"] == 0
+        states = report.get("recurrent_states")
+        assert (states is not None) == (family in RECURRENT)
+        if states is not None:
+            assert states["free_or_evictable"] == states["total"]
+            assert states["pinned"] == 0

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from engine_model import EngineModel, Policy
 from kv_model import Request, make_request
 from sglang_batchllm.policy.batch import member_of
-from sglang_batchllm.policy.step import View
+from sglang_batchllm.policy.core import BatchPolicy
+from sglang_batchllm.policy.step import Arrival, Limits, View, WindowPool
+from token_pool import TokenPool
 
 prompt_lists = st.lists(
     st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=2, max_size=12
@@ -90,6 +92,17 @@ def test_members_wait_for_their_leader_and_others_do_not():
     engine, _ = engine_with([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6], [9, 9]])
     chosen = engine.policy.choose(view()).requests
     assert sorted(list(r.origin_input_ids[:2]) for r in chosen) == [[1, 2], [9, 9]]
+
+
+def test_a_pass_begins_one_prefix_where_states_are_kept():
+    prompts = [[1, 2, 3, 4], [1, 2, 3, 5], [6, 7, 8, 4], [6, 7, 8, 5], [9, 9], [5]]
+    for recurrent, slots, begun in ((False, 100, 4), (True, 100, 3), (True, 2, 2), (True, 0, 0)):
+        windows = WindowPool(1, 100, 0, recurrent=recurrent)
+        policy = BatchPolicy(TokenPool(1000), Limits(1000, 1, 40, 0.0, windows=windows))
+        requests = [make_request(str(i), prompt, 4) for i, prompt in enumerate(prompts)]
+        policy.list_arrived([Arrival(one, None, True) for one in requests], requests)
+        chosen = policy.choose(view(available=1000, window_available=slots)).requests
+        assert len(chosen) == begun, (recurrent, slots)
 
 
 def test_nobody_waits_for_a_prefix_that_is_in_the_cache():

@@ -63,6 +63,14 @@ def test_pins_leave_room_for_the_largest_request() -> None:
     assert forecast.may_pin(1, largest=5)
 
 
+def test_a_request_takes_one_state_however_long_it_is_and_decodes() -> None:
+    pool = WindowPool(window=1, capacity=3, slack=0, recurrent=True)
+    forecast = WindowForecast(pool, 0, pinned=0)
+    assert forecast.admit(1000, 50)
+    assert forecast.admit(10, 50, prefix=1)
+    assert not forecast.admit(10, 50)
+
+
 @dataclass
 class Prompt:
     origin_input_ids: array[int]

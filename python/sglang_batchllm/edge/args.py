@@ -105,6 +105,28 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
                 seam.set_decode_backend(self, ATTENTION_BACKEND)
             self.prepare_process()
 
+    def before_recurrent_cache(self) -> None:
+        """A state is kept where a plan's prompts branch, after the pass that ends there: SGLang's
+        strategy without buffers for its own guesses, which goes with no overlap."""
+        if not self.batchllm:
+            return
+        if self.mamba_radix_cache_strategy not in ("auto", "no_buffer"):
+            raise UnsupportedError(
+                f"--batchllm does not support --mamba-radix-cache-strategy "
+                f"{self.mamba_radix_cache_strategy}; leave it out, since states are kept by plan."
+            )
+        if self.page_size not in (None, 1):
+            raise UnsupportedError(
+                f"--batchllm does not support --page-size {self.page_size} for a model with Mamba "
+                "or linear-attention state; leave it out, since prompts may branch anywhere."
+            )
+        if (self.chunked_prefill_size or 0) < 0:
+            raise UnsupportedError(
+                "--batchllm does not support --chunked-prefill-size -1 for a model with Mamba or "
+                "linear-attention state; leave it out, since prefill ends where prompts branch."
+            )
+        self.disable_overlap_schedule = True
+
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> BatchLLMServerArgs:
         try:
@@ -178,8 +200,10 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
             kind = "a model in which every layer has a sliding window"
         elif model.is_encoder_decoder:
             kind = "an encoder-decoder model"
-        elif has_recurrent_state(model):
-            kind = "a model with Mamba or linear-attention state"
+        elif has_recurrent_state(model) and not seam.keeps_states(self):
+            kind = "a model with Mamba or linear-attention state (of this kind, on this SGLang)"
+        elif has_recurrent_state(model) and model.is_hybrid_swa:
+            kind = "a model with both recurrent state and sliding windows"
         if kind is not None:
             raise UnsupportedError(
                 f"--batchllm does not support {kind} (--model-path {self.model_path}); "

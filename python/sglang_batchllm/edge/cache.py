@@ -101,6 +101,14 @@ class PinnedGroups(ABC):
             allocator.available_size() if self.window is None else allocator.full_available_size()
         )
 
+    # Layers that keep a state
+
+    def next_pass(self, req: Req) -> tuple[int, int] | None:
+        """Tokens that the request has yet to prefill, and those of them that its next pass may: to
+        where its prompt leaves others, since the state there is to be kept. None for models whose
+        layers keep no state."""
+        return None
+
     # What the policy asks
 
     def cached(self, tokens: array[int], namespace: str | None) -> int:
@@ -164,6 +172,14 @@ def shared_tokens(req: Req, member: Member, end: int) -> int:
     if member.batch.opening:
         return end
     return min(member.batch.pins.depth[member.home], end) if member.claimed else 0
+
+
+def next_branch(req: Req) -> int | None:
+    """Prompt tokens down to the first shared prefix that the request is to compute."""
+    member = member_of(req)
+    if member is None or member.batch is None or not member.claimed:
+        return None
+    return member.batch.pins.depth[member.claimed[0]]
 
 
 def _end_of(req: Req) -> End | None:

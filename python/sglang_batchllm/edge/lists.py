@@ -104,7 +104,7 @@ class ListIntake(SampledLists):
             self._validate_batch_tokenization_constraints(batch_size, obj)
         if batch_size >= SLICE:
             await self.expect_many()
-        if self.replicas is None and comes_in_parts(obj, batch_size):
+        if self.replicas is None and comes_in_parts(obj, batch_size, self.model_config):
             prompts: Any = obj.text or obj.input_ids
             if first := opening_of(prompts):
                 return await self._send_in_parts(batch_size, obj, first)

@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import _USE_PICKLE_IPC, EmbeddingReqInput, GenerateReqInput
 
+from sglang_batchllm.edge.model_kind import has_recurrent_state
 from sglang_batchllm.server.handover import SLICE
 
 OPENING_TOKENS = 1 << 14
@@ -23,9 +24,12 @@ class Sent(list[Any]):
     """A list of tokenized requests that are on their way already."""
 
 
-def comes_in_parts(requests: GenerateReqInput | EmbeddingReqInput, batch_size: int) -> bool:
+def comes_in_parts(
+    requests: GenerateReqInput | EmbeddingReqInput, batch_size: int, model: Any
+) -> bool:
     """Whether parts of the list may run before the others are known. Logprobs of prompts are
-    shared by one plan for all."""
+    shared by one plan for all, and so are states, which are kept where prompts branch. model: its
+    ModelConfig."""
     flags: Any = requests.return_logprob if isinstance(requests, GenerateReqInput) else ()
     return (
         batch_size >= 2 * SLICE
@@ -34,6 +38,7 @@ def comes_in_parts(requests: GenerateReqInput | EmbeddingReqInput, batch_size: i
         and not any(flags)
         and requests.input_embeds is None
         and requests.session_params is None
+        and not has_recurrent_state(model)
     )
 
 

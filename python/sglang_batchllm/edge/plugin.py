@@ -105,14 +105,49 @@ def _add_cpu_attention() -> None:
         _apply_hooks()
 
 
-def _add_cpu_pools() -> None:
-    from sglang_batchllm.edge import seams
+def _add_cpu_linear_attention() -> None:
     from sglang_batchllm.edge.platform import cpu
 
     if cpu.is_active():
+        from sglang_batchllm.edge.platform.gates import gated_norm
+        from sglang_batchllm.edge.platform.linear_attention import CpuGatedDeltaNet
+
+        _hook(
+            "replace",
+            "srt.layers.attention.linear.gdn_backend.GDNAttnBackend",
+            CpuGatedDeltaNet,
+        )
+        _hook(
+            "around",
+            "kernels.ops.attention.fla.fused_norm_gate.FusedRMSNormGated.forward",
+            gated_norm,
+        )
+        _apply_hooks()
+
+
+def _add_cpu_gates() -> None:
+    from sglang_batchllm.edge.platform import cpu
+    from sglang_batchllm.edge.platform.gates import add_gated
+
+    if cpu.is_active():
+        _hook("around", "kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add", add_gated)
+        _apply_hooks()
+
+
+def _size_pools() -> None:
+    from sglang_batchllm.edge import seams
+    from sglang_batchllm.edge.platform import cpu
+    from sglang_batchllm.edge.states import slots_per_request
+
+    _hook(
+        "around",
+        "srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._calculate_mamba_ratio",
+        slots_per_request,
+    )
+    if cpu.is_active():
         for target, wrapper in seams.load("platform").HOOKS.items():
             _hook("around", target, wrapper)
-        _apply_hooks()
+    _apply_hooks()
 
 
 def _add_scheduler() -> None:
@@ -247,7 +282,9 @@ _FOLLOWED: dict[str, Callable[[], None]] = {
     "sglang.srt.mem_cache.registry": _add_cache,
     "sglang.srt.layers.attention.attention_registry": _add_attention,
     "sglang.srt.layers.attention.torch_native_backend": _add_cpu_attention,
-    "sglang.srt.mem_cache.kv_cache_configurator": _add_cpu_pools,
+    "sglang.srt.layers.attention.linear.gdn_backend": _add_cpu_linear_attention,
+    "sglang.kernels.ops.elementwise.elementwise": _add_cpu_gates,
+    "sglang.srt.mem_cache.kv_cache_configurator": _size_pools,
     "sglang.srt.managers.scheduler": lambda: _import("scheduler"),
     "sglang_batchllm.edge.scheduler": _add_scheduler,
     "sglang.srt.managers.data_parallel_controller": lambda: _import("routing"),

@@ -90,14 +90,17 @@ class BatchLLMScheduler(seam.QueueingScheduler):
             mixes=self._asked_to_mix,
             windows=self._cache.window_pool(),
         )
-        self._sliding = None if limits.windows is None else Sliding(self._cache)
+        self._sliding = None if self._cache.window is None else Sliding(self._cache)
+        self._keeps_states = limits.windows is not None and limits.windows.recurrent
         self._policy = self._cache.policy = BatchPolicy(self._cache, limits, self._agree)
         self._group_table: GroupTable | None = None
         if resolved(self.server_args).decode_attention_backend == ATTENTION_BACKEND:
             self._group_table = get_group_table(self.req_to_token_pool)
         self.prepare_process()
         sample_rows_in_last_layer(self.tp_worker.model_runner.model, self.server_args)
-        self._no_scoring = refusal(self.tp_worker.model_runner.model, self.server_args)
+        self._no_scoring = refusal(
+            self.tp_worker.model_runner.model, self.model_config, self.server_args
+        )
         self._scored_step: ScoredStep | None = None
         self._index = QueueIndex()
         self._held_back: list[Req] | None = None
@@ -320,6 +323,12 @@ class BatchLLMScheduler(seam.QueueingScheduler):
     # Logprobs of prompts
 
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
+        result = self._run_scored(batch, *args, **kwargs)
+        if self._keeps_states:
+            self._cache.keep_states()
+        return result
+
+    def _run_scored(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         step, self._scored_step = self._scored_step, None
         if step is None or step.batch is not batch:
             return super().run_batch(batch, *args, **kwargs)
@@ -375,7 +384,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         }
         windows = self._cache.window_pool()
         if windows is not None:
-            report["window_kv_tokens"] = {
+            report["recurrent_states" if windows.recurrent else "window_kv_tokens"] = {
                 "total": windows.capacity,
                 "free_or_evictable": self._cache.window_available(),
                 "pinned": self._policy.pinned_in_windows,

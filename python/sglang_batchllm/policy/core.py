@@ -69,6 +69,7 @@ class BatchPolicy:
         self._look_again = False  # although nothing has ended
         self._pressed = False  # memory keeps somebody out
         self._rows_follow = False  # the request in chunks has logprobs to leave to others
+        self._claims = 0  # shared prefixes that those of the last prefill step have yet to compute
         self._last_step = 0.0
 
     # Arrivals
@@ -236,15 +237,23 @@ class BatchPolicy:
             forecast,
             self.pinned_tokens,
             self._limits.chunk - view.chunk_left,
-            view.max_requests,
+            self._places(view),
         )
         return chosen, forecast.refused
+
+    def _places(self, view: View) -> int:
+        """Requests that may be added: one that begins without a state is lost."""
+        pool = self._limits.windows
+        if pool is None or not pool.recurrent:
+            return view.max_requests
+        return min(view.max_requests, view.window_available - self._claims)
 
     def _window_forecast(self, view: View) -> WindowForecast | None:
         pool = self._limits.windows
         if pool is None:
             return None
-        used = pool.capacity - view.window_available + min(view.chunk_left, pool.window)
+        coming = self._claims if pool.recurrent else min(view.chunk_left, pool.window)
+        used = pool.capacity - view.window_available + coming
         return WindowForecast(pool, used, self._ledger.pinned_in_windows)
 
     def _give_up_idle_texts(self, view: View) -> None:
@@ -269,7 +278,8 @@ class BatchPolicy:
         tokens = view.chunk_left + sum(map(tokens_to_prefill, self._chosen))
         slack = self._limits.page_size * (len(self._chosen) + 1)
         available = view.available
-        if self._limits.windows is not None:
+        windows = self._limits.windows
+        if windows is not None and not windows.recurrent:
             available = min(available, view.window_available)
         return available >= min(tokens, self._limits.chunk) + slack + view.decode_tokens
 
@@ -298,6 +308,7 @@ class BatchPolicy:
                 self._ledger.published(member.batch)
         if members:
             self._rows_follow = any(member.lead for member in members)
+            self._claims = sum(len(member.claimed) for member in members)
         if chosen and not prefilled and idle and not self.texts and not len(self._running):
             self._give_up_pins(chosen[0])
 

@@ -13,19 +13,25 @@ from sglang_batchllm.policy.rows import Ask
 class WindowPool:
     """The KV pool of layers that see only the tokens just before. window: tokens that they see, in
     whole pages. capacity: tokens of the pool. slack: tokens that a request may hold beyond its
-    window, since what it has left behind is freed only now and then."""
+    window, since what it has left behind is freed only now and then.
+
+    recurrent: of layers that keep a state instead, which is a window of one token. A prefill pass
+    leaves the state after its last token alone, so it ends where a shared prefix does; and of one
+    request at a time, since an engine cuts one prompt at a time.
+    """
 
     window: int
     capacity: int
     slack: int
+    recurrent: bool = False
 
 
 @dataclass(frozen=True)
 class Limits:
     """Of the engine. capacity: tokens of the KV pool. chunk: prompt tokens of a prefill step.
     gather_seconds: how long a lone request waits at most for others. mixes: requests may decode in
-    a step that prefills. windows: the pool of sliding-window layers, if they have one; then
-    `capacity` is of the other layers' pool."""
+    a step that prefills. windows: the pool of sliding-window or recurrent layers, if they
+    have one; then `capacity` is of the other layers' pool."""
 
     capacity: int
     page_size: int

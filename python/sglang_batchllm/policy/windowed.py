@@ -1,4 +1,5 @@
-"""Pins of shared prefixes where some layers see only a window of tokens, in a pool of their own."""
+"""Pins of shared prefixes where some layers see only a window of tokens, in a pool of their own, or
+keep a state, which is a window of one."""
 
 from __future__ import annotations
 

@@ -41,6 +41,8 @@ class CpuReferencePlatform(CpuDeviceMixin, seam.PlatformParts):
     def init_backend(self) -> None:
         # torch.compile, as grammar libraries use it, would need a C++ compiler on this machine.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # The inputs that a convolution goes on from would be rounded to bfloat16.
+        os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         server_args.device = "cpu"

@@ -28,6 +28,10 @@ class WindowForecast:
     def window(self) -> int:
         return self._pool.window
 
+    @property
+    def recurrent(self) -> bool:
+        return self._pool.recurrent
+
     def keep_part(self, parts: int) -> None:
         """Keep one token of so many free of what is admitted from now on."""
         self._forecast.keep(self._pool.capacity // parts)
@@ -51,7 +55,8 @@ class WindowForecast:
         each = tokens / count
         held = min(each, self._most)
         growth = min(self._most - held, steps)
-        passing = min(each - held, self._pool.capacity / LARGEST_CHUNK) if count == 1 else 0
+        passes = count == 1 and not self._pool.recurrent
+        passing = min(each - held, self._pool.capacity / LARGEST_CHUNK) if passes else 0
         self._forecast.add(steps, (held + growth) * count, count=0)
         self._forecast.add(self._pool.slack, passing, count=0)
         return self._forecast.admit(

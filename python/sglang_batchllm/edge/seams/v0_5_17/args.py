@@ -27,6 +27,13 @@ class ResolvingServerArgs(ServerArgs):
     def after_graph_sizes(self, graphs: Any) -> None:
         """It has; `graphs` as before."""
 
+    def before_recurrent_cache(self) -> None:
+        """SGLang is about to decide how to keep states, of a model whose layers have them."""
+
+    def _handle_mamba_radix_cache(self, model_arch: str) -> None:
+        self.before_recurrent_cache()
+        super()._handle_mamba_radix_cache(model_arch)
+
     def __post_init__(self) -> None:
         self.before_resolution()
         super().__post_init__()
@@ -55,6 +62,11 @@ def default_of(name: str) -> Any:
 def model_config(server_args: ServerArgs) -> Any:
     """The ModelConfig of the arguments' model."""
     return server_args.get_model_config()
+
+
+def keeps_states(server_args: ServerArgs) -> bool:
+    """Of a model whose layers keep a state, whether the cache here can hold it."""
+    return server_args.uses_mamba_radix_cache
 
 
 def set_decode_backend(server_args: ServerArgs, name: str) -> None:

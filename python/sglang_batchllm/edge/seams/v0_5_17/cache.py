@@ -17,8 +17,9 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_batchllm.edge.cache import PinnedGroups, private_member, shared_tokens
+from sglang_batchllm.edge.cache import PinnedGroups, next_branch, private_member, shared_tokens
 from sglang_batchllm.edge.unified import PathNode, UnifiedGroups
+from sglang_batchllm.policy.step import WindowPool
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
@@ -29,10 +30,13 @@ LONG_AGO = 0.0
 
 def create_cache(context: TreeCacheBuildContext) -> PinnedGroups:
     """The factory behind ``--radix-cache-backend batchllm``."""
-    if not context.is_hybrid_swa:
-        return PinnedGroupCache(context.params)
-    context.params.tree_components = (ComponentType.FULL, ComponentType.SWA)
-    return WindowedGroupCache(context.params)
+    if context.is_hybrid_ssm:
+        context.params.tree_components = (ComponentType.FULL, ComponentType.MAMBA)
+        return RecurrentGroupCache(context.params)
+    if context.is_hybrid_swa:
+        context.params.tree_components = (ComponentType.FULL, ComponentType.SWA)
+        return WindowedGroupCache(context.params)
+    return PinnedGroupCache(context.params)
 
 
 KEPT_MATCHES = 64
@@ -158,11 +162,9 @@ class _Lock(NamedTuple):
     receipt: DecLockRefParams
 
 
-class WindowedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
-    _CachesRequests, UnifiedGroups, UnifiedRadixCache
+class _UnifiedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
+    UnifiedGroups, UnifiedRadixCache
 ):
-    """For models with sliding windows."""
-
     def cache_finished_req(
         self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int, **options: Any
     ) -> None:
@@ -191,20 +193,6 @@ class WindowedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
         self.dec_lock_ref(handle.node, handle.receipt)
         return handle.node
 
-    def reach(self, req: Req) -> tuple[int, int]:
-        assert req.extend_range is not None
-        return req.extend_range.end, req.cache_protected_len
-
-    def slide(self, req: Req, to: int) -> None:
-        free_swa_out_of_window_slots(
-            req,
-            to,
-            sliding_window_size=self.sliding_window_size,
-            page_size=self.page_size,
-            req_to_token_pool=self.req_to_token_pool,
-            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
-        )
-
     def path_to(self, node: int) -> list[PathNode]:
         nodes = []
         place: Any = self.tree_core.node_by_id(node)
@@ -219,3 +207,80 @@ class WindowedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def free_leaf(self, node: int, freed: dict[Any, int]) -> None:
         self._evict_device_leaf(node, freed)
+
+
+class WindowedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
+    _CachesRequests, _UnifiedGroupCache
+):
+    """For models with sliding windows."""
+
+    def reach(self, req: Req) -> tuple[int, int]:
+        assert req.extend_range is not None
+        return req.extend_range.end, req.cache_protected_len
+
+    def slide(self, req: Req, to: int) -> None:
+        free_swa_out_of_window_slots(
+            req,
+            to,
+            sliding_window_size=self.sliding_window_size,
+            page_size=self.page_size,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+        )
+
+
+class RecurrentGroupCache(_UnifiedGroupCache):
+    """For models with layers that keep a state. A node has one only where a pass has ended; so of
+    requests that run nothing enters the tree but shared prefixes, each with a pass to its end."""
+
+    req_to_token_pool: Any
+
+    def reset(self) -> None:
+        self._states: list[tuple[torch.Tensor, torch.Tensor]] = []
+        super().reset()
+
+    def window_pool(self) -> WindowPool:
+        slots = self.req_to_token_pool.mamba_pool.size
+        return WindowPool(window=1, capacity=slots, slack=0, recurrent=True)
+
+    def window_available(self) -> int:
+        free: int = self.req_to_token_pool.mamba_allocator.available_size()
+        return free + self.mamba_evictable_size()
+
+    def next_pass(self, req: Req) -> tuple[int, int]:
+        done = len(req.prefix_indices)
+        whole = len(req.full_untruncated_fill_ids) - done
+        branch = next_branch(req)
+        return whole, whole if branch is None else branch - done
+
+    def cache_unfinished_req(self, req: Req, chunked: bool = False, **_: Any) -> None:
+        if chunked:  # the next pass goes on from the request's own state
+            assert req.extend_range is not None
+            row = self.req_to_token_pool.req_to_token[req.req_pool_idx, : req.extend_range.end]
+            req.prefix_indices = row.to(dtype=torch.int64, copy=True)
+
+    def enter(self, req: Req) -> int:
+        assert req.extend_range is not None
+        end = req.extend_range.end
+        if end != next_branch(req):
+            return req.cache_protected_len
+        # This copies the state, too, which the pass has yet to compute.
+        super().cache_unfinished_req(req, chunked=True)
+        kept = self.tree_core.get_component_device_value(req.last_node, ComponentType.MAMBA)
+        assert kept is not None
+        assert req.mamba_pool_idx is not None
+        self._states.append((req.mamba_pool_idx.view(1), kept))
+        return end
+
+    def keep_states(self) -> None:
+        """The pass has run: the states after prefixes that were published before it are there."""
+        if self._states:
+            sources, kept = map(torch.cat, zip(*self._states, strict=True))
+            self.req_to_token_pool.mamba_pool.copy_from(sources, kept)
+            self._states.clear()
+
+    def reach(self, req: Req) -> tuple[int, int]:
+        raise NotImplementedError("no layer has a window")
+
+    def slide(self, req: Req, to: int) -> None:
+        raise NotImplementedError("no layer has a window")

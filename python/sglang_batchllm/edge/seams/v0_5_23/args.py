@@ -92,6 +92,11 @@ def model_config(server_args: ServerArgs) -> Any:
     return model_config_of(server_args)
 
 
+def keeps_states(server_args: ServerArgs) -> bool:
+    """Of a model whose layers keep a state, whether the cache here can hold it; not yet."""
+    return False
+
+
 def set_decode_backend(server_args: ServerArgs, name: str) -> None:
     """Choose the decode attention backend after SGLang has chosen everything."""
     declare_resolution(server_args, "batchllm", decode_attention_backend=name)

@@ -1,0 +1,30 @@
+"""Gates that SGLang computes with Triton kernels alone, for the CPU reference platform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def gated_norm(
+    stock: Callable[..., torch.Tensor], norm: Any, x: torch.Tensor, gate: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    """``FusedRMSNormGated.forward``: a norm of x, times the gate. x, gate: [rows, dim]."""
+    y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.eps)
+    shape = torch.sigmoid if norm.activation == "sigmoid" else F.silu
+    return (y * norm.weight.float() * shape(gate.float())).to(x.dtype)
+
+
+def add_gated(
+    stock: Callable[..., None],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    shared: torch.Tensor,
+    outputs: torch.Tensor,
+) -> None:
+    """``fused_gate_sigmoid_mul_add``: the shared expert's part is added to that of the others.
+    hidden, shared, outputs: [tokens, dim]; weight: [dim], of the gate."""
+    outputs += torch.sigmoid(hidden @ weight)[:, None] * shared

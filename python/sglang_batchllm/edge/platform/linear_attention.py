@@ -1,0 +1,120 @@
+"""Linear attention of the CPU reference platform: what SGLang has as Triton kernels alone.
+
+The gated delta rule is computed token by token, as Yang et al. define it (arXiv 2412.06464).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+NORM_EPSILON = 1e-6
+"""Of queries and keys, whose length is 1 in every gated delta net."""
+
+
+class CpuGatedDeltaNet(GDNAttnBackend):
+    """SGLang's backend for such layers, in torch and float32. State slots hold, of each layer, the
+    last inputs of the convolution, [channels, width - 1], and the state, [value heads, value dim,
+    key dim]."""
+
+    def forward_extend(
+        self,
+        layer: Any,
+        forward_batch: ForwardBatch,
+        mixed_qkv: Any,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        **_: Any,
+    ) -> torch.Tensor:
+        assert forward_batch.extend_seq_lens is not None
+        assert forward_batch.extend_prefix_lens is not None
+        counts = forward_batch.extend_seq_lens.tolist()
+        goes_on = [prefix > 0 for prefix in forward_batch.extend_prefix_lens.tolist()]
+        return self._run(layer, mixed_qkv, a, b, counts, goes_on)
+
+    def forward_decode(
+        self,
+        layer: Any,
+        forward_batch: ForwardBatch,
+        mixed_qkv: Any,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        **_: Any,
+    ) -> torch.Tensor:
+        ones = [1] * forward_batch.batch_size
+        return self._run(layer, mixed_qkv, a, b, ones, [True] * len(ones))
+
+    def _run(
+        self,
+        layer: Any,
+        mixed_qkv: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        counts: list[int],
+        goes_on: list[bool],
+    ) -> torch.Tensor:
+        """mixed_qkv: [tokens, channels], counts[i] of request i, which has a state already where
+        goes_on[i]; a, b: [tokens, value heads]. Returns [1, tokens, value heads, value dim]."""
+        states = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
+        slots = self.forward_metadata.mamba_cache_indices.tolist()
+        decays = -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias.float())
+        rates = b.float().sigmoid()
+        outputs = []
+        parts = (x.split(counts) for x in (mixed_qkv.float(), decays, rates))
+        for slot, old, x, decay, rate in zip(slots, goes_on, *parts, strict=True):
+            if not old:
+                states.conv[0][slot] = 0
+                states.temporal[slot] = 0
+            x = _convolve(x, states.conv[0][slot], layer)
+            q, k, v = x.split([layer.q_dim, layer.k_dim, layer.v_dim], dim=-1)
+            share = layer.num_v_heads // layer.num_k_heads
+            q, k = (
+                _unit(y.view(len(x), -1, layer.head_k_dim)).repeat_interleave(share, dim=1)
+                for y in (q, k)
+            )
+            v = v.view(len(x), -1, layer.head_v_dim)
+            outputs.append(
+                _delta_rule(q * layer.head_k_dim**-0.5, k, v, decay, rate, states.temporal[slot])
+            )
+        return torch.cat(outputs).to(mixed_qkv.dtype)[None]
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + NORM_EPSILON)
+
+
+def _convolve(x: torch.Tensor, before: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Causal convolution of each channel. x: [tokens, channels]; before: the last inputs, which
+    become those of x."""
+    inputs = torch.cat([before.float(), x.T], dim=1)
+    weights = layer.conv_weights.float()
+    bias = None if layer.bias is None else layer.bias.float()
+    y = F.conv1d(inputs[None], weights[:, None], bias, groups=len(weights))[0]
+    before.copy_(inputs[:, inputs.shape[1] - before.shape[1] :])
+    return F.silu(y).T
+
+
+def _delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decays: torch.Tensor,
+    rates: torch.Tensor,
+    state: torch.Tensor,
+) -> torch.Tensor:
+    """q, k: [tokens, heads, key dim]; v: [tokens, heads, value dim]; decays: [tokens, heads], of
+    the state, as logarithms; rates: [tokens, heads], of learning; state: [heads, value dim, key
+    dim], changed in place. Returns as v."""
+    now = state.float()
+    outputs = []
+    for q_i, k_i, v_i, decay, rate in zip(q, k, v, decays, rates, strict=True):
+        now = now * decay.exp()[:, None, None]
+        error = v_i - torch.einsum("hvk,hk->hv", now, k_i)
+        now = now + torch.einsum("hv,hk->hvk", error * rate[:, None], k_i)
+        outputs.append(torch.einsum("hvk,hk->hv", now, q_i))
+    state.copy_(now)
+    return torch.stack(outputs)
