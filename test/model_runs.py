@@ -14,6 +14,7 @@ from tiny_models import WINDOW
 CHUNK = 48
 OUTPUT = 12
 LONG_OUTPUT = 3 * WINDOW
+SCORED = 12
 
 
 def greedy(tokens: int) -> dict[str, Any]:
@@ -59,7 +60,8 @@ def _tell_what_is_shared(path: str) -> None:
 
 def run(model: str, options: dict[str, Any], pipe: Any) -> None:
     """Sends {"results": of each batch by name, "reports": one for each, "shared": what decodes
-    through shared prefixes, and whether the last layer's end is computed for samples alone}."""
+    through shared prefixes, and whether the last layer's end is computed for samples alone,
+    "logprobs": of the first `SCORED` mixed prompts, without their first tokens}."""
     from sglang.srt.entrypoints.engine import Engine
 
     class TellingEngine(Engine):
@@ -91,8 +93,20 @@ def run(model: str, options: dict[str, Any], pipe: Any) -> None:
             sampling = greedy(LONG_OUTPUT if wide else OUTPUT)
             keep(name, engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids))
         keep("aborted", _aborted(engine))
+        scored = engine.generate(
+            input_ids=batches()["mixed"][:SCORED],
+            sampling_params=greedy(1),
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        logprobs = [
+            [logprob for logprob, *_ in one["meta_info"]["input_token_logprobs"][1:]]
+            for one in scored
+        ]
+        flush(engine)
         keep("again", engine.generate(input_ids=batches()["mixed"], sampling_params=greedy(OUTPUT)))
-        pipe.send({"results": results, "reports": reports, "shared": told.read_text().split()})
+        shared = told.read_text().split()
+        pipe.send({"results": results, "reports": reports, "shared": shared, "logprobs": logprobs})
     finally:
         engine.shutdown()
 
@@ -120,14 +134,36 @@ def _aborted(engine: Any) -> list[dict[str, Any]]:
     return engine.loop.run_until_complete(ask())
 
 
-def expected_next(model: Path, prompts: list[list[int]], outputs: list[list[int]]) -> list[Any]:
-    """The greedy tokens of Hugging Face transformers, after each prompt and its output so far."""
+def expected_logprobs(model: Path, prompts: list[list[int]]) -> list[list[float]]:
+    """By Hugging Face transformers, of each prompt's tokens without the first."""
+    import torch
+
+    reference = _reference(model)
+    with torch.inference_mode():
+        rows = [
+            reference(torch.tensor([prompt]), use_cache=False).logits[0, :-1].log_softmax(-1)
+            for prompt in prompts
+        ]
+    return [
+        row.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
+
+
+def _reference(model: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+
+
+def expected_next(model: Path, prompts: list[list[int]], outputs: list[list[int]]) -> list[Any]:
+    """The greedy tokens of Hugging Face transformers, after each prompt and its output so far."""
+    import torch
+
+    reference = _reference(model)
     expected = []
     with torch.inference_mode():
         for prompt, output in zip(prompts, outputs, strict=True):

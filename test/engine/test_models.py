@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from engines import AMPLE, CONTEXT_LENGTH, VOCAB_SIZE
-from model_runs import CHUNK, LONG_OUTPUT, OUTPUT, batches, expected_next, run
+from model_runs import (
+    CHUNK,
+    LONG_OUTPUT,
+    OUTPUT,
+    SCORED,
+    batches,
+    expected_logprobs,
+    expected_next,
+    run,
+)
 from processes import results_of
 from prompts import distinct_tokens
 from tiny_models import FAMILIES, make_model
@@ -87,6 +96,10 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
         last = reports[name]["batches"][-1]
         assert last["computed_tokens"] == last["distinct_tokens"] == computed, name
         assert last["peak_pinned_tokens"] > 0
+    expected = expected_logprobs(model, batches()["mixed"][:SCORED])
+    for logprobs, own in zip(sent["logprobs"], expected, strict=True):
+        assert logprobs == pytest.approx(own, abs=1e-3)
+
     table = documented()[family]
     assert sent["shared"] == [table["Decode"], table["Last layer"]]
 

@@ -62,6 +62,8 @@ def limit_prefix(original: Callable[..., int], req: Req, input_len: int) -> int:
         if not _is_scored(req):
             return original(req, input_len)
         limit = input_len  # it was retracted after it had got all logprobs of its prompt
+    elif not scores(req) and not _is_scored(req):
+        limit = min(limit, original(req, input_len))  # who shares no logprobs computes its own
     return max(min(limit, input_len - 1), 0)
 
 
