@@ -19,15 +19,16 @@ Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def make_ours(inputs: Inputs, **tuning: int) -> tuple[Callable[[], None], Attention]:
-    config = choose_config(torch.bfloat16, DIM, HEADS // KV_HEADS)
+    card = torch.cuda.get_device_properties(0)
+    memory = card.shared_memory_per_multiprocessor
+    config = choose_config(torch.bfloat16, DIM, HEADS // KV_HEADS, memory)
     lanes = HEADS // KV_HEADS
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
     work = WorkList(
         WorkListConfig(
             KV_HEADS,
             config.block_m_small // lanes,
             config.block_m_large // lanes,
-            sms * config.programs_per_sm,
+            card.multi_processor_count * config.programs_per_sm,
             **tuning,
         ),
         max(inputs.q.shape[0], 1024),

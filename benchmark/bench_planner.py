@@ -1,21 +1,31 @@
-"""Time and memory of `plan_batch`, on one core: `python benchmark/bench_planner.py`.
+"""Time and memory of `plan_batch`, on one core: `python benchmark/bench_planner.py`; and
+`python benchmark/bench_planner.py --names`, what it takes to tell attention who shares what.
 
 Every case is a batch of groups of equal prompts up to a random suffix, in random order. Seconds
 are the best of three. Memory is the peak of input and planning together, in inputs, by
 tracemalloc in a run of its own.
+
+Names: 2,048 requests in a tree of nine levels, of which attention is told eight; all begin in one
+step, or, once they run, 64 or one end and others take their rows. Milliseconds of such a step, the
+median.
 """
 
 import argparse
 import array
+import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from results_file import ResultFile
+from sglang_batchllm.attention.groups import GroupTable
 from sglang_batchllm.planning import Prompts, TokenTable, plan_batch
+from sglang_batchllm.policy.paths import SharedPaths
+from sglang_batchllm.policy.pins import PinnedTree
 
 VOCABULARY = 128_000
 REPEATS = 3
@@ -115,10 +125,54 @@ def measure(case: Case) -> dict[str, str | int | float]:
     }
 
 
+LEVELS, REQUESTS = 9, 2_048
+
+
+def measure_names(file: ResultFile) -> None:
+    """At level i of the tree, 2**i nodes of 256 tokens."""
+    levels = [
+        np.arange(REQUESTS).repeat(256).reshape(REQUESTS, 256) * 2**level // REQUESTS
+        + level * 1_000
+        for level in range(LEVELS)
+    ]
+    own = np.arange(REQUESTS)[:, None] + 100_000
+    plan = plan_batch(np.concatenate([*levels, own], axis=1))
+    store: Any = None  # nothing is pinned
+    pins = PinnedTree(plan, store, lambda tokens, kept: None)
+    paths = SharedPaths(plan, pins)
+    assert len(paths.of(pins.home[0], LEVELS * 256)) == 8
+    for entering in (REQUESTS, 64, 1):
+        naming, entry = [], []
+        for attempt in range(20):
+            if entering == REQUESTS:
+                paths = SharedPaths(plan, pins)
+                table = GroupTable(REQUESTS, "cpu")
+            rows = range(attempt * entering % REQUESTS, attempt * entering % REQUESTS + entering)
+            began = time.perf_counter()
+            found = [paths.of(pins.home[row], LEVELS * 256) for row in rows]
+            named = time.perf_counter()
+            table.assign(rows, found)
+            naming.append(named - began)
+            entry.append(time.perf_counter() - named)
+        row = {
+            "case": "names",
+            "form": f"{entering} enter",
+            "prompts": REQUESTS,
+            "naming_ms": round(float(np.median(naming)) * 1e3, 3),
+            "entry_ms": round(float(np.median(entry)) * 1e3, 3),
+        }
+        print(file.add(row), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of plan_batch")
     parser.add_argument("--out", type=Path, help="put the rows into this file")
-    file = ResultFile(parser.parse_args().out, ("case", "form", "prompts"))
+    parser.add_argument("--names", action="store_true", help="what attention is told, instead")
+    args = parser.parse_args()
+    file = ResultFile(args.out, ("case", "form", "prompts"))
+    if args.names:
+        measure_names(file)
+        return
 
     print("| case | form | prompts | tokens | groups | seconds | s per Mtoken | memory ratio |")
     print("|---|---|---|---|---|---|---|---|")

@@ -17,6 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from cases import Batch, make_batch, relative_error
 from sglang_batchllm.attention import get_group_table
 from sglang_batchllm.edge.attention_backend import BatchLLMAttnBackend, create_batchllm_backend
+from sglang_batchllm.edge.fusable import model_refusal
 from sglang_batchllm.edge.mixed import select_backend
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -161,6 +162,18 @@ def test_refused_models_get_the_native_backend(
         backend = make(batch, [make_layer()], **flags)
     assert isinstance(backend, TorchNativeAttnBackend)
     assert len([r for r in caplog.records if word in r.message]) == 1
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((8, 0), True), ((8, 9), False)])
+def test_numbers_that_the_card_does_not_have(
+    capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = make_batch([(2, [1, 1])], KV_HEADS, 2, DIM, kv_dtype=torch.float8_e4m3fn)
+    runner = make_runner(batch, [make_layer()])
+    runner.req_to_token_pool.req_to_token = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = model_refusal(runner)
+    assert (reason is not None and "compute capability 8.0" in reason) == refused
 
 
 def test_unknown_arguments_are_refused(batch: Batch) -> None:

@@ -21,9 +21,11 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 def fused_for(batch: Batch, max_batch: int | None = None) -> FusedDecode:
     heads, head_dim = batch.q.shape[1:]
-    config = choose_config(batch.q.dtype, head_dim, heads // batch.k_cache.shape[1])
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    return make_fused(batch, config, sms * config.programs_per_sm, max_batch=max_batch)
+    card = torch.cuda.get_device_properties(0)
+    memory = card.shared_memory_per_multiprocessor
+    config = choose_config(batch.q.dtype, head_dim, heads // batch.k_cache.shape[1], memory)
+    programs = card.multi_processor_count * config.programs_per_sm
+    return make_fused(batch, config, programs, max_batch=max_batch)
 
 
 def error_of(batch: Batch, **kwargs: object) -> float:

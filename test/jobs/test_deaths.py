@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pretended_server import (
     records_in,
     run,
 )
+from sglang_batchllm.jobs import dispatch
 from sglang_batchllm.jobs.errors import JobError
 
 
@@ -72,6 +74,22 @@ def test_a_killer_is_remembered_when_the_job_is_cancelled(tmp_path: Path):
     run(files, script)
     assert answers_in(files.output) == expected_answers(40) | {"r7": None}
     assert script.starts <= 6
+
+
+def test_what_killed_in_earlier_runs_is_known_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each run ends with the second death, before it could be sure of anything by itself."""
+    monkeypatch.setattr(dispatch, "MAX_DEATHS", 2)
+    files = files_of(tmp_path, 40)
+    for _ in range(8):
+        script = Script(killers=frozenset([prompt_number(7)]))
+        with contextlib.suppress(JobError):
+            run(files, script)
+            break
+    assert answers_in(files.output) == expected_answers(40) | {"r7": None}
+    assert script.lists[0] == [prompt_number(7)]
+    assert script.starts == 2
 
 
 @KINDS

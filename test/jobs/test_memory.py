@@ -20,6 +20,7 @@ def saved(output: Path, **suspects: int) -> Memory:
     memory = Memory.beside(output)
     memory.check(IDENTITY, output, has_records=False)
     memory.suspects = {int(row[1:]): times for row, times in suspects.items()}
+    memory.alone = {row: 1 for row in memory.suspects}
     memory.save()
     return memory
 
@@ -29,6 +30,7 @@ def test_what_is_saved_is_read_again(tmp_path: Path):
     saved(output, r5=2, r7=1)
     again = Memory.beside(output)
     assert (again.identity, again.suspects) == (IDENTITY, {5: 2, 7: 1})
+    assert again.alone == {5: 1, 7: 1}
     again.check(IDENTITY, output, has_records=True)
     assert again.suspects == {5: 2, 7: 1}
     assert os.listdir(tmp_path) == ["out.jsonl.batchllm"]
@@ -70,7 +72,7 @@ def test_what_has_changed_is_named(tmp_path: Path, change: dict, told: str):
     )
     memory = Memory.beside(output)
     memory.check(changed, output, has_records=False)  # nothing to mix with
-    assert (memory.identity, memory.suspects) == (changed, {})
+    assert (memory.identity, memory.suspects, memory.alone) == (changed, {}, {})
 
 
 def test_records_of_another_tool_are_refused(tmp_path: Path):

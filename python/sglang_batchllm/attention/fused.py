@@ -13,14 +13,21 @@ from sglang_batchllm.attention.worklist import WorkList, next_power_of_2
 
 LOG2_E: float = kernels.LOG2_E.value
 
+STAGES = 5 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 3
+"""With two tiles of keys and values in flight. A tile's slots are loaded first, and up to Triton
+3.6 (SGLang 0.5.17) that takes stages of its own; in 3.8 (0.5.23) five are four tiles."""
+SHARED_MEMORY = 228 * 1024
+"""Bytes of a multiprocessor of an H100, H200 or B200; where there is no GPU, too."""
+OTHER_MEMORY = 8 * 1024
+"""Bytes of a program beside tiles of keys and values: queries, slots, what the driver keeps."""
+
 
 @dataclass(frozen=True)
 class KernelConfig:
     """Tile sizes and launch shape; rows of a query tile are (member, query head of one KV head).
 
     block_m_small serves suffix items and groups of few members, block_m_large larger groups;
-    block_n is KV tokens a step and stages the depth of the load pipeline (two stages per tile in
-    flight, since a tile's slots are loaded first).
+    block_n is KV tokens a step and stages the depth of the load pipeline, see STAGES.
     """
 
     block_m_small: int
@@ -34,12 +41,15 @@ class KernelConfig:
     max_registers: int | None = None
 
 
-def choose_config(dtype: torch.dtype, head_dim: int, ratio: int) -> KernelConfig:
+def choose_config(
+    dtype: torch.dtype, head_dim: int, ratio: int, shared_memory: int = SHARED_MEMORY
+) -> KernelConfig:
     """Tile sizes for a model dtype, head dimension and query heads per KV head.
 
-    Tuned on an H200 for 16-bit heads of 128 (benchmark/bench_attention.py): three programs of 168
-    registers per multiprocessor hide the latency of short suffixes better than two with larger
-    tiles.
+    shared_memory: bytes of a multiprocessor. Tuned on an H200 for 16-bit heads of 128
+    (benchmark/bench_attention.py): three programs of 168 registers per multiprocessor hide the
+    latency of short suffixes better than two with larger tiles. Where memory is too little for
+    three, tiles are half as long, and as many programs run as it is enough for.
     """
     lanes = next_power_of_2(ratio)
     small, large = max(16, lanes), max(64, lanes)
@@ -48,7 +58,11 @@ def choose_config(dtype: torch.dtype, head_dim: int, ratio: int) -> KernelConfig
         return KernelConfig(small, 16, 2, max(32, lanes), 16, 2, 4, 1)
     if head_dim > 128 or lanes > 16:
         return KernelConfig(small, 32, 3, large, 32, 3, 4, 1)
-    return KernelConfig(small, 64, 5, large, 32, 5, 4, 3, 168)
+    token = 2 * next_power_of_2(head_dim) * dtype.itemsize  # its key and value
+    block_n = 64 if shared_memory >= 3 * (2 * 64 * token + OTHER_MEMORY) else 32
+    programs = min(max(shared_memory // (2 * block_n * token + OTHER_MEMORY), 1), 3)
+    registers = 168 if programs == 3 else None
+    return KernelConfig(small, block_n, STAGES, large, block_n // 2, STAGES, 4, programs, registers)
 
 
 class FusedDecode:

@@ -7,6 +7,7 @@ object both hold: ``get_group_table(pool)`` gives both the same table.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,6 +44,7 @@ class GroupTable:
         self.group_id = self._table[:LEVELS]
         self.prefix_len = self._table[LEVELS:]
         self._levels = [_Ids(num_rows) for _ in range(LEVELS)]
+        self._held = np.zeros((LEVELS, num_rows), np.int32)  # group_id, on the host
 
     @property
     def levels(self) -> int:
@@ -54,21 +56,27 @@ class GroupTable:
 
         rows: of the request pool. paths: for each, the nodes that it shares, outermost first, each
         as its id and the tokens from the root to its end, which rise; at most LEVELS. A row leaves
-        what it was in.
+        what it was in. Rows whose paths are the same object cost little more than one of them.
         """
         if not rows:
             return
-        levels = max(self.levels, max(map(len, paths)))
-        values = np.zeros((1 + 2 * LEVELS, len(rows)), np.int32)
+        used = self._held[: self.levels, rows].tolist()
+        for ids, numbers in zip(self._levels, used, strict=False):
+            ids.leave(numbers)
+        different = {id(path): path for path in paths}
+        members = Counter(map(id, paths))
+        columns = np.zeros((len(different), 2 * LEVELS), np.int32)
+        for at, (name, path) in enumerate(different.items()):
+            columns[at, : len(path)] = [
+                ids.join(group, members[name])
+                for ids, (group, _) in zip(self._levels, path, strict=False)
+            ]
+            columns[at, LEVELS : LEVELS + len(path)] = [length for _, length in path]
+        place = {name: at for at, name in enumerate(different)}
+        values = np.empty((1 + 2 * LEVELS, len(rows)), np.int32)
         values[0] = rows
-        for level, ids in enumerate(self._levels[:levels]):
-            for row in rows:
-                ids.leave(row)
-            for at, (row, path) in enumerate(zip(rows, paths, strict=True)):
-                if level < len(path):
-                    group, length = path[level]
-                    values[1 + level, at] = ids.join(row, group)
-                    values[1 + LEVELS + level, at] = length
+        values[1:] = columns.T[:, [place[id(path)] for path in paths]]
+        self._held[:, rows] = values[1 : 1 + LEVELS]
         packed = torch.from_numpy(values)
         if self.device.type == "cuda":
             packed = packed.pin_memory().to(self.device, non_blocking=True)
@@ -79,37 +87,35 @@ class _Ids:
     """The ids of one level: 1 to num_rows, the least that is free for the next group."""
 
     def __init__(self, num_rows: int) -> None:
-        self._of_row: dict[int, int] = {}
-        self._rows: dict[int, int] = {}
+        self._rows = [0] * (num_rows + 1)
         self._of_group: dict[int, int] = {}
         self._group: dict[int, int] = {}
         self._free = list(range(1, num_rows + 1))
 
     @property
     def used(self) -> bool:
-        return bool(self._of_row)
+        return bool(self._group)
 
-    def join(self, row: int, group: int) -> int:
+    def join(self, group: int, rows: int) -> int:
+        """The group's id, for so many rows more."""
         number = self._of_group.get(group)
         if number is None:
             # Every id has a row, so there are never more ids in use than rows.
             number = heapq.heappop(self._free)
             self._of_group[group] = number
             self._group[number] = group
-            self._rows[number] = 0
-        self._rows[number] += 1
-        self._of_row[row] = number
+        self._rows[number] += rows
         return number
 
-    def leave(self, row: int) -> None:
-        number = self._of_row.pop(row, None)
-        if number is None:
-            return
-        self._rows[number] -= 1
-        if self._rows[number] == 0:
-            del self._rows[number]
-            del self._of_group[self._group.pop(number)]
-            heapq.heappush(self._free, number)
+    def leave(self, numbers: Sequence[int]) -> None:
+        """The ids of rows that leave, 0 for those that have none."""
+        for number in numbers:
+            if number == 0:
+                continue
+            self._rows[number] -= 1
+            if self._rows[number] == 0:
+                del self._of_group[self._group.pop(number)]
+                heapq.heappush(self._free, number)
 
 
 def get_group_table(req_to_token_pool: Any, create: bool = True) -> GroupTable | None:

@@ -337,11 +337,14 @@ class BatchLLMAttnBackend(AttentionBackend):
     ) -> FusedDecode:
         ratio = num_heads // num_kv_heads
         lanes = next_power_of_2(ratio)
-        config = choose_config(self.dtype, head_dim, ratio)
-        num_programs = INTERPRETED_PROGRAMS
         if self.device.type == "cuda":
-            sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-            num_programs = sms * config.programs_per_sm
+            card = torch.cuda.get_device_properties(self.device)
+            memory = card.shared_memory_per_multiprocessor
+            config = choose_config(self.dtype, head_dim, ratio, memory)
+            num_programs = card.multi_processor_count * config.programs_per_sm
+        else:
+            config = choose_config(self.dtype, head_dim, ratio)
+            num_programs = INTERPRETED_PROGRAMS
         work = WorkList(
             WorkListConfig(
                 num_kv_heads=num_kv_heads,

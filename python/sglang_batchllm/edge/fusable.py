@@ -56,6 +56,11 @@ def model_refusal(model_runner: Any) -> str | None:
     # By name, not isinstance: the subclasses are other layouts, quantized or virtual.
     if type(pool).__name__ != "MHATokenToKVPool":
         return f"the KV pool {type(pool).__name__}"
+    device = model_runner.req_to_token_pool.req_to_token.device
+    if pool.dtype == torch.float8_e4m3fn and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 9):
+            return f"an fp8_e4m3 KV cache on a GPU of compute capability {major}.{minor}"
     if pool.is_quantized_kv_cache:
         return "a KV cache packed in blocks"
     if pool.kv_cache_layout != "nhd":

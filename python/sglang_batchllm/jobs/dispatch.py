@@ -66,11 +66,12 @@ class Dispatch:
         self._tries: Counter[int] = Counter()
         self._room = asyncio.Event()
         self._deaths = 0  # since the last answer
-        self._alone: Counter[int] = Counter()  # deaths with this row only
         self._condemned: dict[int, bytes] = {}  # records, for when an engine answers again
         self._done = asyncio.Event()
-        suspects = self.memory.suspects
+        suspects, alone = self.memory.suspects, self.memory.alone
         self.memory.suspects = {row: suspects[row] for row in suspects if self._open[row]}
+        # What ended an earlier run without a record gets one more try: the engine may be another.
+        self.memory.alone = {row: min(alone[row], ALONE - 1) for row in alone if self._open[row]}
 
     async def run(self, host: Host, server: Server, about: About) -> None:
         """Until every row has a record."""
@@ -199,6 +200,7 @@ class Dispatch:
         self._open[row] = False
         self._tries.pop(row, None)
         self.memory.suspects.pop(row, None)
+        self.memory.alone.pop(row, None)
         if ok:
             self.status.done += 1
         else:
@@ -215,21 +217,21 @@ class Dispatch:
         self._deaths += 1
         self.status.deaths += 1
         self.status.note = str(lost)
-        suspects, sent = self.memory.suspects, self._sent
+        suspects, alone, sent = self.memory.suspects, self.memory.alone, self._sent
         for row in sent:
             suspects[row] = suspects.get(row, 0) + 1
         if len(sent) == 1:
-            self._alone.update(sent.keys())
-        if len(sent) == 1 and self._alone[next(iter(sent))] >= ALONE:
-            row, request = sent.popitem()
-            error = RowError(
-                "engine_died",
-                f"the engine died {suspects[row]} times while it had this request: {lost}",
-                request.custom_id,
-            )
-            file, line = self.rows.place(row)
-            self._condemned[row] = self.rows.error_record(file, line, error)
-            self._open[row] = False
+            (row,) = sent
+            alone[row] = alone.get(row, 0) + 1
+            if alone[row] >= ALONE:
+                error = RowError(
+                    "engine_died",
+                    f"the engine died {suspects[row]} times while it had this request: {lost}",
+                    sent[row].custom_id,
+                )
+                file, line = self.rows.place(row)
+                self._condemned[row] = self.rows.error_record(file, line, error)
+                self._open[row] = False
         sent.clear()
         self.memory.save()
         if self._deaths >= MAX_DEATHS:

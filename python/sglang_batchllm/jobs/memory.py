@@ -44,11 +44,13 @@ def _name(model: Mapping[str, Any]) -> str:
 
 @dataclass
 class Memory:
-    """The file. suspects: rows that were with an engine when it died, and how often."""
+    """The file. suspects: rows that were with an engine when it died, and how often. alone: how
+    often of these times they were alone with it."""
 
     path: Path
     identity: Identity | None = None
     suspects: dict[int, int] = field(default_factory=dict)
+    alone: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def beside(cls, output: Path) -> Memory:
@@ -60,6 +62,8 @@ class Memory:
                 raise ValueError
             memory.identity = Identity(**known["identity"])
             memory.suspects = {int(row): times for row, times in known["suspects"].items()}
+            alone = known.get("alone", {})  # earlier versions did not say
+            memory.alone = {int(row): times for row, times in alone.items()}
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -81,7 +85,7 @@ class Memory:
                 f"{output} and {self.path}"
             )
         if difference:
-            self.suspects = {}
+            self.suspects, self.alone = {}, {}
         if difference or self.identity is None:
             self.identity = identity
 
@@ -98,6 +102,7 @@ class Memory:
             "version": VERSION,
             "identity": asdict(self.identity),
             "suspects": self.suspects,
+            "alone": self.alone,
         }
         new = self.path.with_name(self.path.name + ".new")
         with new.open("w") as stream:

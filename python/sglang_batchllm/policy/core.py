@@ -7,7 +7,6 @@ KV back. The real scheduler, the simulator and the tests drive it the same way.
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -32,15 +31,12 @@ from sglang_batchllm.policy.parts import Part, Parts
 from sglang_batchllm.policy.paths import SharedPath
 from sglang_batchllm.policy.pins import ROOT
 from sglang_batchllm.policy.requests import End, Request
+from sglang_batchllm.policy.rescue import Rescue
 from sglang_batchllm.policy.rows import RowMemory
 from sglang_batchllm.policy.shards import Shard
 from sglang_batchllm.policy.step import Arrival, Decision, Limits, View
 from sglang_batchllm.policy.store import Store
 from sglang_batchllm.policy.texts import HeldTexts
-
-IDLE_SECONDS = 0.05
-"""Where nothing runs because texts that wait for their next turn hold the KV, one is given up each
-time that this much has passed."""
 
 
 class BatchPolicy:
@@ -65,12 +61,12 @@ class BatchPolicy:
         self.texts = HeldTexts(store)
         self._row_memory = RowMemory()
         self._ledger = Ledger(limits.page_size)
+        self._rescue = Rescue(self.texts, self._intake, self._running, self._ledger, agree)
         self._chosen: list[Member] = []
         self._look_again = False  # although nothing has ended
         self._pressed = False  # memory keeps somebody out
         self._rows_follow = False  # the request in chunks has logprobs to leave to others
         self._claims = 0  # shared prefixes that those of the last prefill step have yet to compute
-        self._last_step = 0.0
 
     # Arrivals
 
@@ -193,14 +189,14 @@ class BatchPolicy:
 
     def forget_cached(self) -> None:
         """The cache was flushed."""
-        self.texts = HeldTexts(self._store)
+        self.texts.clear()
 
     # A step
 
     def choose(self, view: View) -> Decision:
         """Claim the requests that the next prefill may take; `launched` must follow."""
         self._ledger.kv_in_use(self._limits.capacity - view.available)
-        self._give_up_idle_texts(view)
+        self._rescue.look(view)
         regrouped = self._plan_parts()
         full = view.full and not self._look_again
         self._look_again = False
@@ -256,17 +252,6 @@ class BatchPolicy:
         used = pool.capacity - view.window_available + coming
         return WindowForecast(pool, used, self._ledger.pinned_in_windows)
 
-    def _give_up_idle_texts(self, view: View) -> None:
-        """Where held texts keep everything else from running, they go one by one."""
-        now = time.monotonic()
-        if view.stepped or view.decoding:
-            self._last_step = now
-        elif (
-            self.texts and self._intake.waits and self._agree(now - self._last_step > IDLE_SECONDS)
-        ):
-            self.texts.release_oldest()
-            self._last_step = now
-
     def _may_mix(self, view: View) -> bool:
         """SGLang retracts only in steps without prefill, so memory must suffice for both parts.
         Requests that decode count as tokens of a chunk, and must leave some of it; and SGLang does
@@ -310,7 +295,7 @@ class BatchPolicy:
             self._rows_follow = any(member.lead for member in members)
             self._claims = sum(len(member.claimed) for member in members)
         if chosen and not prefilled and idle and not self.texts and not len(self._running):
-            self._give_up_pins(chosen[0])
+            self._rescue.give_up_pins(chosen[0])
 
     def _start(self, member: Member) -> None:
         batch, request = member.batch, member.request
@@ -347,32 +332,12 @@ class BatchPolicy:
         )
 
     def make_way(self, request: Request) -> None:
-        """The request, whose prompt is prefilled in chunks, finds no memory for the next one, and
-        nothing else runs that would give some back."""
-        if self.texts:
-            self.texts.release_oldest()
-        else:
-            self._give_up_pins(member_of(request))
+        """See `Rescue.make_way`."""
+        self._rescue.make_way(request)
 
     def make_room(self, fits: Callable[[], bool], decoding: Sequence[Request]) -> None:
-        """Let go of what is held until the next decode step fits, before the engine retracts
-        requests. decoding: those that are in it."""
-        while self.texts and not fits():
-            self.texts.release_oldest()
-        # SGLang retracts requests until the rest fits, but has to abort the last one.
-        if len(decoding) == 1 and not fits():
-            self._give_up_pins(member_of(decoding[0]))
-
-    def _give_up_pins(self, member: Member | None) -> None:
-        """Let go of every pin that the request does not need, since it could not run otherwise."""
-        batches = {batch.number: batch for batch in self._intake.batches_waiting()}
-        batches |= {batch.number: batch for batch in self._ledger.lists}
-        for other in self._running.members:
-            if other.batch is not None:
-                batches[other.batch.number] = other.batch
-        for batch in batches.values():
-            mine = member if member is not None and member.batch is batch else None
-            self._ledger.relaxed(batch, batch.pins.relax(mine))
+        """See `Rescue.make_room`."""
+        self._rescue.make_room(fits, decoding)
 
     # Ends
 

@@ -92,6 +92,12 @@ class HeldTexts:
             for text in held.programs.pop(program, ()):
                 self._release(text)
 
+    def clear(self) -> None:
+        """The cache was flushed."""
+        self._batches.clear()
+        self._texts.clear()
+        self.tokens = 0
+
     def num_expired(self) -> int:
         """Texts that have been held for `HOLD_SECONDS`."""
         before = time.monotonic() - HOLD_SECONDS
