@@ -4,7 +4,8 @@ A *unit* is what is handed out whole: the requests of one prefix group, or one t
 A replica runs the units of its shard one after the other, each beside those that began up to
 `window` seconds before it ends. Without levelling a replica has its whole shard from the beginning.
 With it, it has as much as it runs in `ahead` seconds, and the coordinator keeps the rest: who runs
-out gets units off the end of what is kept for the replica that would take the longest.
+out gets units off the end of what is kept for the replica that would take the longest. The
+coordinator serves one replica after the other.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class World:
     slowness: of each, seconds that it takes for a second of the costs. deaths: moments (seconds)
     and replicas. restart: seconds until one that died runs again; its units that had not ended
     begin anew, there or elsewhere. window, ahead: see above. levels: whether the tail is levelled.
+    per_request: seconds of the coordinator, which there is where it is levelled, for each request
+    that it hands out.
     """
 
     slowness: np.ndarray
@@ -94,19 +97,22 @@ class World:
     window: float
     ahead: float
     levels: bool
+    per_request: float
 
 
 @dataclass
 class Outcome:
     """seconds: until all has ended. best: that no assignment could beat without deaths. lost: of
     replicas, in which what they did was lost or they did not run. repeated_tokens: prompt tokens
-    computed again, beyond the partition's. handed_out: messages of the coordinator."""
+    computed again, beyond the partition's. handed_out: messages of the coordinator. coordinating:
+    seconds that it was at work."""
 
     seconds: float = 0.0
     best: float = 0.0
     lost: float = 0.0
     repeated_tokens: int = 0
     handed_out: int = 0
+    coordinating: float = 0.0
 
     @property
     def efficiency(self) -> float:
@@ -115,13 +121,13 @@ class Outcome:
 
 @dataclass
 class _Replica:
-    """kept: units that the coordinator has for it. given: units that it has and that have not
-    begun. begun: units and the moments at which they end; the last is the one that is added to.
-    free: when it begins the next unit. left: planned seconds of kept."""
+    """kept: units that the coordinator has for it. given: units that have not begun, and the
+    moments at which it has them. begun: units and the moments at which they end; the last is the
+    one that is added to. free: when it begins the next unit. left: planned seconds of kept."""
 
     slowness: float
     kept: deque[int] = field(default_factory=deque)
-    given: deque[int] = field(default_factory=deque)
+    given: deque[tuple[int, float]] = field(default_factory=deque)
     begun: deque[tuple[int, float]] = field(default_factory=deque)
     free: float = 0.0
     left: float = 0.0
@@ -135,11 +141,12 @@ def play(units: Units, world: World) -> Outcome:
         replicas[shard].kept.append(unit)
         replicas[shard].left += float(units.planned[unit])
     outcome = Outcome(best=float(units.seconds.sum() / (1 / world.slowness).sum()))
+    coordinator = _Coordinator(units, world, replicas, outcome)
     agenda: list[tuple[float, int, int]] = []  # moment, replica, turn; -1 for a death
     for moment, number in world.deaths:
         heapq.heappush(agenda, (moment, number, -1))
     for number, replica in enumerate(replicas):
-        _refill(number, replicas, units, world, outcome)
+        coordinator.refill(replica, 0.0)
         heapq.heappush(agenda, (0.0, number, replica.turn))
     while agenda:
         now, number, turn = heapq.heappop(agenda)
@@ -157,11 +164,11 @@ def play(units: Units, world: World) -> Outcome:
         while replica.begun and replica.begun[0][1] <= now - world.window:
             replica.begun.popleft()
         if len(replica.given) < 2:
-            _refill(number, replicas, units, world, outcome)
+            coordinator.refill(replica, now)
         if not replica.given:
             continue
-        unit = replica.given.popleft()
-        replica.free = now + float(units.seconds[unit]) * replica.slowness
+        unit, there = replica.given.popleft()
+        replica.free = max(now, there) + float(units.seconds[unit]) * replica.slowness
         replica.begun.append((unit, replica.free))
         outcome.seconds = max(outcome.seconds, replica.free)
         replica.turn += 1
@@ -169,42 +176,55 @@ def play(units: Units, world: World) -> Outcome:
     return outcome
 
 
-def _refill(
-    number: int, replicas: list[_Replica], units: Units, world: World, outcome: Outcome
-) -> None:
-    """Give the replica of what is kept for it or, where that is nothing, for another."""
-    replica = replicas[number]
-    if not replica.kept and not replica.given and world.levels:
-        _take_from_another(replica, replicas, units, outcome)
-    ahead = world.ahead if world.levels else np.inf
-    given = 0.0
-    outcome.handed_out += bool(replica.kept)
-    while replica.kept and given < ahead:
-        unit = replica.kept.popleft()
-        replica.given.append(unit)
-        given += float(units.planned[unit]) * replica.slowness
-        replica.left -= float(units.planned[unit])
+@dataclass
+class _Coordinator:
+    """free: when it has handed out what it was asked for last."""
 
+    units: Units
+    world: World
+    replicas: list[_Replica]
+    outcome: Outcome
+    free: float = 0.0
 
-def _take_from_another(
-    replica: _Replica, replicas: list[_Replica], units: Units, outcome: Outcome
-) -> None:
-    """Half of what would take longest, off its end: the coordinator has seen how fast each is."""
-    longest = max(replicas, key=lambda one: one.left * one.slowness)
-    if not longest.kept:
-        return
-    share = longest.left * longest.slowness / (longest.slowness + replica.slowness)
-    taken = 0.0
-    last = -1
-    while longest.kept and (taken == 0.0 or taken + units.planned[longest.kept[-1]] <= share):
-        unit = longest.kept.pop()
-        replica.kept.appendleft(unit)
-        taken += float(units.planned[unit])
-        if last != units.above[unit]:  # neighbours share it
-            outcome.repeated_tokens += int(units.above[unit])
-            last = units.above[unit]
-    longest.left -= taken
-    replica.left += taken
+    def refill(self, replica: _Replica, now: float) -> None:
+        """Give the replica of what is kept for it or, where that is nothing, for another."""
+        units, levels = self.units, self.world.levels
+        if not replica.kept and not replica.given and levels:
+            self._take_from_another(replica)
+        if not replica.kept:
+            return
+        ahead = self.world.ahead if levels else np.inf
+        planned = 0.0
+        handed: list[int] = []
+        while replica.kept and planned < ahead:
+            unit = replica.kept.popleft()
+            handed.append(unit)
+            planned += float(units.planned[unit]) * replica.slowness
+            replica.left -= float(units.planned[unit])
+        work = float(units.requests[handed].sum()) * self.world.per_request if levels else 0.0
+        self.free = max(now, self.free) + work
+        replica.given.extend((unit, self.free) for unit in handed)
+        self.outcome.handed_out += 1
+        self.outcome.coordinating += work
+
+    def _take_from_another(self, replica: _Replica) -> None:
+        """Half of what would take longest, off its end: it has seen how fast each is."""
+        longest = max(self.replicas, key=lambda one: one.left * one.slowness)
+        if not longest.kept:
+            return
+        share = longest.left * longest.slowness / (longest.slowness + replica.slowness)
+        planned, above = self.units.planned, self.units.above
+        taken = 0.0
+        last = -1
+        while longest.kept and (taken == 0.0 or taken + planned[longest.kept[-1]] <= share):
+            unit = longest.kept.pop()
+            replica.kept.appendleft(unit)
+            taken += float(planned[unit])
+            if last != above[unit]:  # neighbours share it
+                self.outcome.repeated_tokens += int(above[unit])
+                last = above[unit]
+        longest.left -= taken
+        replica.left += taken
 
 
 def _die(replica: _Replica, now: float, units: Units, world: World, outcome: Outcome) -> None:
@@ -214,7 +234,7 @@ def _die(replica: _Replica, now: float, units: Units, world: World, outcome: Out
     for unit in again:
         outcome.repeated_tokens += int(units.tokens[unit])
         outcome.lost += float(units.seconds[unit]) * replica.slowness
-    back = [*again, *replica.given]
+    back = [*again, *(unit for unit, _ in replica.given)]
     replica.given.clear()
     replica.kept.extendleft(reversed(back))
     replica.left += float(units.planned[back].sum()) if back else 0.0

@@ -1,5 +1,7 @@
 """The model of replicas: nothing is lost or run twice but what died, and levelling helps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,9 @@ REPLICAS = 4
 def world(levels: bool, slow: float = 1.0, deaths: tuple[tuple[float, int], ...] = ()) -> World:
     slowness = np.ones(REPLICAS)
     slowness[0] = slow
-    return World(slowness, [*deaths], restart=5.0, window=2.0, ahead=3.0, levels=levels)
+    return World(
+        slowness, [*deaths], restart=5.0, window=2.0, ahead=3.0, levels=levels, per_request=0.0
+    )
 
 
 @pytest.fixture
@@ -51,8 +55,20 @@ def test_what_a_replica_had_begins_anew_when_it_dies(units):
 
 def test_a_death_at_the_end_wakes_those_that_are_done(units):
     """Its last units run elsewhere before it is back."""
-    late = World(np.ones(REPLICAS), [(49.5, 0)], restart=50.0, window=2.0, ahead=3.0, levels=True)
+    late = replace(world(True, deaths=((49.5, 0),)), restart=50.0)
     assert play(units, late).seconds < 60
+
+
+@pytest.mark.parametrize(("per_request", "seconds"), [(0.2, 50), (0.25, 50), (0.5, 100)])
+def test_a_coordinator_is_the_limit_once_it_is_slower_than_all_replicas(
+    units, per_request, seconds
+):
+    """Four replicas end four requests a second."""
+    led = play(units, replace(world(True), per_request=per_request))
+    assert led.coordinating == pytest.approx(200 * per_request)
+    assert seconds <= led.seconds <= seconds * 1.1
+    cut_beforehand = play(units, replace(world(False), per_request=per_request))
+    assert (cut_beforehand.seconds, cut_beforehand.coordinating) == (50, 0)
 
 
 def test_units_of_a_plan_take_what_its_partition_says():

@@ -149,10 +149,11 @@ class Front:
 
 
 def _essence(result: Any) -> Any:
-    """What SGLang's client reads of a result."""
+    """What SGLang's client reads of a result; an engine without a tokenizer gives ids alone."""
     if isinstance(result, list):
         return [_essence(one) for one in result]
-    return {"text": result.get("text"), "meta_info": result["meta_info"]}
+    essence = {"text": result.get("text"), "meta_info": result["meta_info"]}
+    return essence if "text" in result else essence | {"output_ids": result["output_ids"]}
 
 
 def add_batchllm_routes() -> None:
