@@ -117,14 +117,19 @@ def test_samples_over_http(server):
     flush(server)
     answers = server.post("/generate", {"text": texts, "sampling_params": sampling}).json()
     assert len(answers) == 6
-    assert get_report(server.url, API_KEY)["batches"][-1]["requests"] == 6
+    report = get_report(server.url, API_KEY)["batches"][-1]
+    assert report["requests"] == 6
+    assert report["computed_tokens"] == report["distinct_tokens"] < report["prompt_tokens"] / 4
     body = {"text": texts[1], "sampling_params": sampling}
     assert [one["text"] for one in server.post("/generate", body).json()] == [
         one["text"] for one in answers[2:4]
     ]
     body = {"model": "x", "prompt": texts, "max_tokens": 4, "temperature": 0, "n": 2}
+    flush(server)
     choices = server.post("/v1/completions", body | {"ignore_eos": True}).json()["choices"]
     assert [choice["text"] for choice in choices] == [one["text"] for one in answers]
+    again = get_report(server.url, API_KEY)["batches"][-1]
+    assert (again["requests"], again["computed_tokens"]) == (6, report["computed_tokens"])
 
 
 def test_samples_of_a_list_with_a_prompt_that_is_too_long(engine):
