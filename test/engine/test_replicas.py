@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import orjson
 import psutil
 import pytest
 import sglang as sgl
@@ -20,6 +21,8 @@ from sglang_batchllm.edge import replicas
 from sglang_batchllm.edge.engine_backend import EngineBackend
 from sglang_batchllm.edge.levelling import Levelling
 from sglang_batchllm.planning import Costs
+from sglang_batchllm.wire.lines import Reply, read_answers, request_line
+from sglang_batchllm.wire.request_ids import RequestId, new_batch_id
 from test_sharing import assert_pool_is_whole, computed_tokens, output_ids
 
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
@@ -168,6 +171,56 @@ def test_a_request_that_is_refused_ends_its_list(replicated_engine):
     assert not replicated_engine.tokenizer_manager.rid_to_state
     results = replicated_engine.generate(input_ids=prompts[:-1], sampling_params=sampling(3))
     assert len(results) == len(prompts) - 1
+
+
+def test_requests_of_a_hand_over_that_fail_do_so_alone(replicated_engine, stock_engine):
+    """Refused in the front process, refused by a replica, aborted while it runs."""
+    prompts = mixed_batch(60, seed=7)
+    bodies: list[dict[str, Any]] = [
+        {"input_ids": prompt, "sampling_params": sampling(index)}
+        for index, prompt in enumerate(prompts)
+    ]
+    long = {"input_ids": [7] * (CONTEXT_LENGTH + 1), "sampling_params": GREEDY}
+    params = {
+        5: {"temperature": -1},
+        23: {"no_such": 1},
+        31: {"json_schema": "{"},
+        44: {"max_new_tokens": 1900, **GREEDY},
+    }
+    for index, bad in params.items():
+        bodies[index] = {"input_ids": prompts[index], "sampling_params": bad}
+    bodies[11] = long
+    batch = new_batch_id()
+    lines = [request_line(0, orjson.dumps(body), more=False) for body in bodies]
+    flush(replicated_engine)
+    backend = EngineBackend(replicated_engine, "chatml")
+    replies: dict[int, Reply] = {}
+    for answer in read_answers(backend.hand_over(batch, lines)):
+        if answer is not None:
+            replies[answer[0]] = answer[1]
+        if len(replies) == len(bodies) - 1:
+            rid = str(RequestId("once", batch, 0, 44))
+            replicated_engine.loop.call_soon_threadsafe(
+                replicated_engine.tokenizer_manager.abort_request, rid
+            )
+    said = {
+        index: reply.content["error"]["message"]
+        for index, reply in replies.items()
+        if reply.status_code != 200
+    }
+    assert said.keys() == {5, 11, 23, 31}
+    assert "temperature" in said[5] and "context length" in said[11]
+    assert "no_such" in said[23] and "grammar" in said[31]
+    assert replies.pop(44).content["meta_info"]["finish_reason"]["type"] == "abort"
+    expected = stock_engine.generate(
+        input_ids=prompts, sampling_params=[sampling(index) for index in range(len(prompts))]
+    )
+    for index, reply in replies.items():
+        if index not in said:
+            assert reply.content["text"] == expected[index]["text"]
+    last = wait_until_whole(replicated_engine)["batches"][-1]
+    assert last["finished"] == len(prompts) - len(said) - 1
+    assert not replicated_engine.tokenizer_manager.rid_to_state
 
 
 def test_samples_and_logprobs_of_prompts(replicated_engine, stock_engine):
