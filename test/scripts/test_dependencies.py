@@ -52,8 +52,7 @@ def normal(name: str) -> str:
 
 
 def test_the_package_names_what_it_imports():
-    extra = named(PROJECT["optional-dependencies"]["ray"])
-    assert imported("python") == named(PROJECT["dependencies"]) | extra
+    assert imported("python") == named(PROJECT["dependencies"])
 
 
 def test_tests_scripts_and_benchmarks_name_what_they_import():
