@@ -21,13 +21,13 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_batch.py"
 OUTPUT_LEN = 16
 ROWS = 80
 MORE = 40
-TEXT = "What the requests of a document have in common, which is long, about number {}. " * 3
+TEXT = "What the requests of a document have in common, which is long, about number {0}. " * 8
 
 
 def write_rows(path: Path, count: int) -> None:
     """One of them is longer than the model's context."""
     texts = [f"{TEXT.format(i % 8)} {i}" for i in range(count)]
-    texts[7] = "and on " * CONTEXT_LENGTH
+    texts[7] = "and on " * (CONTEXT_LENGTH // 2 + 100)
     path.write_bytes(b"".join(request(f"r{i}", text) for i, text in enumerate(texts)))
 
 
@@ -77,8 +77,9 @@ def test_two_replicas_answer_as_one_engine_and_go_on_after_one_was_killed(
     facts = json.loads(first.stdout.splitlines()[-1])
     print(f"\n{facts}")
     assert (facts["records"], facts["failed"], facts["partitions"]) == (ROWS, 1, 2)
-    least = facts["distinct_tokens"] + facts["repeated_by_partitions"]
-    assert least <= facts["computed_tokens"] <= least + 0.01 * facts["distinct_tokens"]
+    # A replica that has started and answered before the other has both, and repeats nothing.
+    distinct, repeated = facts["distinct_tokens"], facts["repeated_by_partitions"]
+    assert distinct <= facts["computed_tokens"] <= repeated + 1.01 * distinct
     before = records(tmp_path)
     assert_right(dict(before), ROWS, stock_engine)
 
