@@ -190,6 +190,12 @@ def decided(args: BatchLLMServerArgs) -> Any:
     return resolved(args)
 
 
+def test_models_without_state_overlap_and_have_pages(tiny_model):
+    args = decided(BatchLLMServerArgs(model_path=str(tiny_model), batchllm=True, page_size=16))
+    assert not args.disable_overlap_schedule
+    assert args.page_size == 16
+
+
 def test_arguments_without_the_flag_are_stock(tiny_model):
     args = decided(BatchLLMServerArgs(model_path=str(tiny_model), schedule_policy="lpm"))
     assert args.radix_cache_backend is None

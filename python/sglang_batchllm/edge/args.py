@@ -108,7 +108,7 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
     def before_recurrent_cache(self) -> None:
         """A state is kept where a plan's prompts branch, after the pass that ends there: SGLang's
         strategy without buffers for its own guesses, which goes with no overlap."""
-        if not self.batchllm:
+        if not self.batchllm or not has_recurrent_state(seam.model_config(self)):
             return
         if self.mamba_radix_cache_strategy not in ("auto", "no_buffer"):
             raise UnsupportedError(

@@ -28,7 +28,7 @@ class ResolvingServerArgs(ServerArgs):
         """It has; `graphs` as before."""
 
     def before_recurrent_cache(self) -> None:
-        """SGLang is about to decide how to keep states, of a model whose layers have them."""
+        """SGLang is about to decide how to keep states, if the model's layers have them."""
 
     def _handle_mamba_radix_cache(self, model_arch: str) -> None:
         self.before_recurrent_cache()
