@@ -169,6 +169,7 @@ RECURRENT = pytest.mark.skipif(version("sglang") != "0.5.17", reason="refused on
         ({"mamba_radix_cache_strategy": "extra_buffer"}, "--mamba-radix-cache-strategy extra"),
         ({"page_size": 16}, "--page-size 16 for a model with Mamba or linear-attention state"),
         ({"chunked_prefill_size": -1}, "--chunked-prefill-size -1"),
+        ({"enable_mixed_chunk": True}, "--enable-mixed-chunk"),
     ],
 )
 def test_what_recurrent_state_does_not_go_with(recurrent_model, options, named):

@@ -110,21 +110,34 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
         strategy without buffers for its own guesses, which goes with no overlap."""
         if not self.batchllm or not has_recurrent_state(seam.model_config(self)):
             return
-        if self.mamba_radix_cache_strategy not in ("auto", "no_buffer"):
-            raise UnsupportedError(
-                f"--batchllm does not support --mamba-radix-cache-strategy "
-                f"{self.mamba_radix_cache_strategy}; leave it out, since states are kept by plan."
-            )
-        if self.page_size not in (None, 1):
-            raise UnsupportedError(
-                f"--batchllm does not support --page-size {self.page_size} for a model with Mamba "
-                "or linear-attention state; leave it out, since prompts may branch anywhere."
-            )
-        if (self.chunked_prefill_size or 0) < 0:
-            raise UnsupportedError(
-                "--batchllm does not support --chunked-prefill-size -1 for a model with Mamba or "
-                "linear-attention state; leave it out, since prefill ends where prompts branch."
-            )
+        strategy = self.mamba_radix_cache_strategy
+        for flag, is_set, reason in (
+            (
+                f"--mamba-radix-cache-strategy {strategy}",
+                strategy not in ("auto", "no_buffer"),
+                "states are kept by plan",
+            ),
+            (
+                f"--page-size {self.page_size}",
+                self.page_size not in (None, 1),
+                "prompts may branch anywhere",
+            ),
+            (
+                "--chunked-prefill-size -1",
+                (self.chunked_prefill_size or 0) < 0,
+                "prefill ends where prompts branch",
+            ),
+            (
+                "--enable-mixed-chunk",
+                self.enable_mixed_chunk,
+                "its steps have not been shown to be exact there",
+            ),
+        ):
+            if is_set:
+                raise UnsupportedError(
+                    f"--batchllm does not support {flag} for a model with Mamba or "
+                    f"linear-attention state; leave it out, since {reason}."
+                )
         self.disable_overlap_schedule = True
 
     @classmethod

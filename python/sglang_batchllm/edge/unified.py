@@ -28,17 +28,9 @@ class PathNode(NamedTuple):
 
 
 class UnifiedGroups(PinnedGroups):
-    """Frees at once, or before all else, what nobody needs; and pins no more of the pool of
-    sliding-window layers than the window before a prefix's end.
-
-    moved: since it was last looked at, a request's slots became others, which the tree had for the
-    same tokens; its pass has yet to be launched, and has to write there.
-    """
+    """Frees at once, or before all else, what nobody needs."""
 
     components: Any
-    match_prefix: Any
-
-    moved = False
 
     def __init__(self, params: Any) -> None:
         self._first: dict[int, None] = {}  # nodes to evict before all others, oldest first
@@ -53,15 +45,6 @@ class UnifiedGroups(PinnedGroups):
         """See `policy.store.Store.publish`."""
 
     @abstractmethod
-    def reach(self, req: Req) -> tuple[int, int]:
-        """Prompt tokens of a request that have slots by now, and those of them in the tree."""
-
-    @abstractmethod
-    def slide(self, req: Req, to: int) -> None:
-        """Free what the request, whose next token to see a window is number `to`, has left behind
-        of the pool of such layers and no tree holds."""
-
-    @abstractmethod
     def path_to(self, node: int) -> Sequence[PathNode]: ...
 
     @abstractmethod
@@ -73,23 +56,7 @@ class UnifiedGroups(PinnedGroups):
     def publish(self, req: Req) -> int:
         """The pass that computes them has yet to run: a later one on the same stream finds them
         written, as with SGLang's chunked prefill."""
-        if self.window is None:
-            return self.enter(req)
-        reached, in_tree = self.reach(req)
-        key = RadixKey(
-            token_ids=req.full_untruncated_fill_ids, extra_key=req.extra_key, limit=reached
-        )
-        there = self.match_prefix(MatchPrefixParams(key=key)).full_kv_hit_length
-        self.moved |= there > in_tree
-        # The pass reads windows from its first token on.
-        with Envs.SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS.override(False):
-            return self.enter(req)
-
-    def pin(self, tokens: array[int], namespace: str | None, depth: int) -> Any:
-        if self.window is not None and depth > self.window:
-            # A match cuts the tree where it ends, and a lock holds whole nodes.
-            self.match(tokens, namespace, depth - self.window)
-        return super().pin(tokens, namespace, depth)
+        return self.enter(req)
 
     # What `PinnedGroups` asks
 
@@ -145,6 +112,46 @@ class UnifiedGroups(PinnedGroups):
                 of_windows = freed.get(ComponentType.SWA, 0)
                 done = plus(done, EvictResult(freed[ComponentType.FULL], of_windows))
         return done
+
+
+class WindowedGroups(UnifiedGroups):
+    """Where layers have windows: pins no more of their pool than the window before a prefix's end.
+
+    moved: since it was last looked at, a request's slots became others, which the tree had for the
+    same tokens; its pass has yet to be launched, and has to write there.
+    """
+
+    match_prefix: Any
+
+    moved = False
+
+    @abstractmethod
+    def reach(self, req: Req) -> tuple[int, int]:
+        """Prompt tokens of a request that have slots by now, and those of them in the tree."""
+
+    @abstractmethod
+    def slide(self, req: Req, to: int) -> None:
+        """Free what the request, whose next token to see a window is number `to`, has left behind
+        of the pool of such layers and no tree holds."""
+
+    def publish(self, req: Req) -> int:
+        if self.window is None:
+            return super().publish(req)
+        reached, in_tree = self.reach(req)
+        key = RadixKey(
+            token_ids=req.full_untruncated_fill_ids, extra_key=req.extra_key, limit=reached
+        )
+        there = self.match_prefix(MatchPrefixParams(key=key)).full_kv_hit_length
+        self.moved |= there > in_tree
+        # The pass reads windows from its first token on.
+        with Envs.SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS.override(False):
+            return super().publish(req)
+
+    def pin(self, tokens: array[int], namespace: str | None, depth: int) -> Any:
+        if self.window is not None and depth > self.window:
+            # A match cuts the tree where it ends, and a lock holds whole nodes.
+            self.match(tokens, namespace, depth - self.window)
+        return super().pin(tokens, namespace, depth)
 
 
 def less(freed: EvictResult, params: EvictParams) -> EvictParams:

@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_batchllm.edge.cache import PinnedGroups, next_branch, private_member, shared_tokens
-from sglang_batchllm.edge.unified import PathNode, UnifiedGroups
+from sglang_batchllm.edge.unified import PathNode, UnifiedGroups, WindowedGroups
 from sglang_batchllm.policy.step import WindowPool
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class _UnifiedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class WindowedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
-    _CachesRequests, _UnifiedGroupCache
+    _CachesRequests, WindowedGroups, _UnifiedGroupCache
 ):
     """For models with sliding windows."""
 
@@ -278,9 +278,3 @@ class RecurrentGroupCache(_UnifiedGroupCache):
             sources, kept = map(torch.cat, zip(*self._states, strict=True))
             self.req_to_token_pool.mamba_pool.copy_from(sources, kept)
             self._states.clear()
-
-    def reach(self, req: Req) -> tuple[int, int]:
-        raise NotImplementedError("no layer has a window")
-
-    def slide(self, req: Req, to: int) -> None:
-        raise NotImplementedError("no layer has a window")

@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_batchllm.edge.cache import private_member, shared_tokens
-from sglang_batchllm.edge.unified import PathNode, UnifiedGroups, less, plus
+from sglang_batchllm.edge.unified import PathNode, WindowedGroups, less, plus
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
@@ -28,7 +28,7 @@ def create_cache(context: TreeCacheBuildContext) -> Any:
     return create_unified_radix_cache(context, cache_class=PinnedGroupCache)
 
 
-class PinnedGroupCache(UnifiedGroups, UnifiedRadixCache):
+class PinnedGroupCache(WindowedGroups, UnifiedRadixCache):
     def enter(self, req: Req) -> int:
         assert req.extend_end is not None
         self.checkpoint(req, up_to=req.extend_end)
