@@ -28,6 +28,7 @@ from endings import end_as_drawn, ending_after
 from processes import results_of
 from results_file import ResultFile
 from roofline import ModelShape, floor
+from shapes import SHAPES, model_folder
 from steps import read_steps, record_steps
 
 SIDES = {
@@ -122,13 +123,14 @@ def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, 
 
     args: as from `argument_parser`.
     """
+    model = model_folder(args.model)
     options: dict[str, Any] = {
-        "model_path": args.model,
+        "model_path": model,
         "load_format": args.load_format,
         **ENGINE_OPTIONS,
         **args.options,
     }
-    shape = ModelShape.of(json.loads((Path(args.model) / "config.json").read_text()))
+    shape = ModelShape.of(json.loads((Path(model) / "config.json").read_text()))
     floors = {case.name: case.requests / floor(case, shape).seconds for case in cases}
     file = ResultFile(args.out, ("case", "side", "order"))
     results: list[dict[str, Any]] = []
@@ -151,7 +153,9 @@ def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument(
+        "--model", required=True, help=f"model folder, or the shapes of one of {', '.join(SHAPES)}"
+    )
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--steps", type=Path, help="record every forward step in this file")
     parser.add_argument("--out", type=Path, help="put the rows into this file")

@@ -31,7 +31,13 @@ DEFAULT_KV_TOKENS = 910_000
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder-only transformer with a gated MLP and grouped-query attention, bf16."""
+    """A decoder-only transformer with gated MLPs, bf16.
+
+    experts, active: of a mixture, how many there are and how many a token passes through, each of
+    `intermediate`. full_layers: those that attend to the whole context; what others read of a
+    window or a state is left out, so that the floor is lower than it would be. latent: elements of
+    KV per token and layer where K and V are not kept by heads (MLA, in its absorbed form).
+    """
 
     layers: int
     hidden: int
@@ -40,40 +46,84 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocab: int
+    experts: int = 1
+    active: int = 1
+    full_layers: int | None = None
+    latent: int | None = None
 
     @staticmethod
     def of(config: dict[str, Any]) -> ModelShape:
-        """From a Hugging Face config.json."""
+        """From a Hugging Face config.json. The few weights of routers, of dense layers before a
+        mixture's and of linear attention's gates are taken as those of the other layers."""
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        layers = config["num_hidden_layers"]
+        experts = next((config[name] for name in _EXPERTS if name in config), 1)
+        shared = config.get("n_shared_experts", 0)
+        rank = config.get("kv_lora_rank")
         return ModelShape(
-            config["num_hidden_layers"],
+            layers,
             hidden,
-            config["intermediate_size"],
+            config.get("moe_intermediate_size") or config["intermediate_size"],
             heads,
             config.get("num_key_value_heads", heads),
-            config.get("head_dim") or hidden // heads,
+            config.get("head_dim") or config.get("v_head_dim") or hidden // heads,
             config["vocab_size"],
+            experts + shared,
+            config.get("num_experts_per_tok", 1) + shared,
+            _full_layers(config, layers),
+            rank and rank + config["qk_rope_head_dim"],
         )
 
     @property
+    def attention_weights(self) -> int:
+        return self.layers * self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+
+    @property
+    def expert_weights(self) -> int:
+        """Of one expert in each layer, or of the MLPs."""
+        return self.layers * 3 * self.hidden * self.intermediate
+
+    @property
     def layer_weights(self) -> int:
-        """Matrix weights of all layers."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        """Matrix weights of all layers that a token passes through."""
+        return self.attention_weights + self.active * self.expert_weights
 
     @property
     def output_weights(self) -> int:
         return self.hidden * self.vocab
 
+    def read_weights(self, tokens: np.ndarray) -> np.ndarray:
+        """Weights that a step of so many tokens reads, where each takes experts at random."""
+        unread = (1 - self.active / self.experts) ** tokens
+        experts = self.experts * (1 - unread) * self.expert_weights
+        return self.attention_weights + self.output_weights + experts
+
     @property
     def kv_bytes(self) -> int:
-        """Of one token."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * 2
+        """Of one token, in the layers that keep all."""
+        elements = self.latent or 2 * self.kv_heads * self.head_dim
+        return self._full * elements * 2
 
     @property
     def pair_flops(self) -> int:
-        """Of one (query, key) pair of tokens: two products per head, over all layers."""
-        return self.layers * 4 * self.heads * self.head_dim
+        """Of one (query, key) pair of tokens: two products per head, over the layers that attend
+        to the whole context."""
+        return self._full * 4 * self.heads * self.head_dim
+
+    @property
+    def _full(self) -> int:
+        return self.layers if self.full_layers is None else self.full_layers
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def _full_layers(config: dict[str, Any], layers: int) -> int | None:
+    types = config.get("layer_types")
+    if types is not None:
+        return sum(kind == "full_attention" for kind in types)
+    every = config.get("full_attention_interval") or config.get("sliding_window_pattern")
+    return every and layers // every
 
 
 LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
@@ -111,7 +161,6 @@ def floor(batch: Batch, shape: ModelShape = LLAMA_8B, chip: Chip = Chip()) -> Fl
     decoded = np.array(batch.outputs()) - 1
     lens, fresh = plan.prompt_lens, plan.to_compute
     pairs = float((fresh * (2 * lens - fresh) / 2).sum())
-    weights = shape.layer_weights + shape.output_weights
     sampled = len(lens) * shape.output_weights
     prefill = 2 * (float(fresh.sum()) * shape.layer_weights + sampled) / chip.flops
 
@@ -120,8 +169,8 @@ def floor(batch: Batch, shape: ModelShape = LLAMA_8B, chip: Chip = Chip()) -> Fl
     pool = batch.kv_tokens or DEFAULT_KV_TOKENS
     rows = min(len(lens), max(int(pool / max(held, 1.0)), 1))
     running = _rows_by_step(decoded, rows)
-    row_seconds = 2 * weights / chip.flops
-    weight_seconds = 2 * weights / chip.bytes_per_second
+    row_seconds = 2 * (shape.layer_weights + shape.output_weights) / chip.flops
+    weight_seconds = 2 * shape.read_weights(running) / chip.bytes_per_second
     decode = float(np.maximum(running * row_seconds, weight_seconds).sum())
 
     read = float((decoded * (decoded + 1) / 2).sum()) + _prompt_reads(plan, decoded, rows)
