@@ -12,7 +12,7 @@ import torch
 import triton
 
 from attention_shapes import DIM, HEADS, KV_HEADS, Inputs
-from sglang_batchllm.attention.fused import FusedDecode, choose_config
+from sglang_batchllm.attention.fused import FusedDecode, choose_configs
 from sglang_batchllm.attention.worklist import WorkList, WorkListConfig
 
 Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -21,14 +21,16 @@ Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def make_ours(inputs: Inputs, **tuning: int) -> tuple[Callable[[], None], Attention]:
     card = torch.cuda.get_device_properties(0)
     memory = card.shared_memory_per_multiprocessor
-    config = choose_config(torch.bfloat16, DIM, HEADS // KV_HEADS, memory)
+    configs = choose_configs(torch.bfloat16, DIM, HEADS // KV_HEADS, memory)
+    few, many = (card.multi_processor_count * config.programs_per_sm for config in configs)
     lanes = HEADS // KV_HEADS
     work = WorkList(
         WorkListConfig(
             KV_HEADS,
-            config.block_m_small // lanes,
-            config.block_m_large // lanes,
-            card.multi_processor_count * config.programs_per_sm,
+            configs.few.block_m_small // lanes,
+            configs.few.block_m_large // lanes,
+            few,
+            many,
             **tuning,
         ),
         max(inputs.q.shape[0], 1024),
@@ -36,7 +38,7 @@ def make_ours(inputs: Inputs, **tuning: int) -> tuple[Callable[[], None], Attent
         2 * inputs.unique_tokens,
         "cuda",
     )
-    fused = FusedDecode(config, work, HEADS, KV_HEADS, DIM, torch.bfloat16, "cuda")
+    fused = FusedDecode(configs, work, HEADS, KV_HEADS, DIM, torch.bfloat16, "cuda")
     out = torch.empty_like(inputs.q)
 
     def build() -> None:

@@ -55,6 +55,7 @@ class ModelShape:
     def of(config: dict[str, Any]) -> ModelShape:
         """From a Hugging Face config.json. The few weights of routers, of dense layers before a
         mixture's and of linear attention's gates are taken as those of the other layers."""
+        config = config.get("text_config", config)
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         layers = config["num_hidden_layers"]
         experts = next((config[name] for name in _EXPERTS if name in config), 1)

@@ -111,8 +111,11 @@ FAMILIES = {
 }
 
 
-def make_model(family: str, folder: Path, vocab_size: int, context_length: int) -> Path:
-    """Write a float32 model, the same every time, and a tokenizer into `folder`."""
+def make_model(
+    family: str, folder: Path, vocab_size: int, context_length: int, **sizes: Any
+) -> Path:
+    """Write a float32 model, the same every time, and a tokenizer into `folder`. sizes: other than
+    those above."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -120,8 +123,8 @@ def make_model(family: str, folder: Path, vocab_size: int, context_length: int) 
     logging.disable_progress_bar()
     train_tokenizer(folder, [__doc__ or ""], vocab_size)
     made = FAMILIES[family]
-    sizes = _SIZES | {"vocab_size": vocab_size, "max_position_embeddings": context_length}
-    config = AutoConfig.for_model(made.kind, **(sizes | dict(made.config)))
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": context_length, **sizes}
+    config = AutoConfig.for_model(made.kind, **(_SIZES | dict(made.config) | sizes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 
-from sglang_batchllm.attention.fused import FusedDecode, KernelConfig
+from sglang_batchllm.attention.fused import FusedDecode, KernelConfig, KernelConfigs
 from sglang_batchllm.attention.groups import GroupTable
 from sglang_batchllm.attention.reference import reference_decode
 from sglang_batchllm.attention.worklist import WorkList, WorkListConfig
@@ -139,8 +139,9 @@ def make_tree_batch(
 
 def make_fused(
     batch: Batch,
-    config: KernelConfig = TINY_CONFIG,
+    config: KernelConfig | KernelConfigs = TINY_CONFIG,
     num_programs: int = 3,
+    many_programs: int | None = None,
     min_saved_tokens: int = 1,
     max_batch: int | None = None,
     part_tokens: int = 0,
@@ -149,12 +150,15 @@ def make_fused(
     num_heads, head_dim = batch.q.shape[1:]
     num_kv_heads = batch.k_cache.shape[1]
     lanes = triton.next_power_of_2(num_heads // num_kv_heads)
+    configs = config if isinstance(config, KernelConfigs) else KernelConfigs(config, config)
+    config = configs.few
     work = WorkList(
         WorkListConfig(
             num_kv_heads,
             max(config.block_m_small // lanes, 1),
             max(config.block_m_large // lanes, 1),
             num_programs,
+            many_programs or num_programs,
             min_saved_tokens,
             part_tokens,
             wide_tokens,
@@ -165,7 +169,7 @@ def make_fused(
         batch.q.device,
     )
     return FusedDecode(
-        config, work, num_heads, num_kv_heads, head_dim, batch.q.dtype, batch.q.device
+        configs, work, num_heads, num_kv_heads, head_dim, batch.q.dtype, batch.q.device
     )
 
 

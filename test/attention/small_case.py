@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from cases import Path, make_fused, make_tree_batch, relative_error, run
-from sglang_batchllm.attention.fused import choose_config
+from sglang_batchllm.attention.fused import choose_configs
 
 if __name__ == "__main__":
     paths: list[Path] = [
@@ -18,8 +18,9 @@ if __name__ == "__main__":
     ]
     paths += [([], 300), ([("a", 130)], 5), ([("b", 33)], 9), ([("b", 33)], 4)]
     batch = make_tree_batch(paths, 2, 4, 128, torch.bfloat16, device="cuda", padding=2)
-    fused = make_fused(batch, choose_config(torch.bfloat16, 128, 4), num_programs=8)
-    error = relative_error(run(fused, batch), batch.reference())
-    torch.cuda.synchronize()
-    print(f"relative error {error:.1e}")
-    assert error < 1e-2
+    for config in choose_configs(torch.bfloat16, 128, 4):
+        fused = make_fused(batch, config, num_programs=8)
+        error = relative_error(run(fused, batch), batch.reference())
+        torch.cuda.synchronize()
+        print(f"relative error {error:.1e}")
+        assert error < 1e-2

@@ -12,7 +12,7 @@ from triton.runtime import driver
 from cards import CARDS, REGISTERS, RESERVED, Driver
 from cases import make_batch, make_fused
 from conftest import INTERPRETED
-from sglang_batchllm.attention.fused import choose_config
+from sglang_batchllm.attention.fused import choose_configs
 from sglang_batchllm.attention.worklist import BLOCKS
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -79,23 +79,25 @@ def test_kernels_fit_the_card(
     batch = make_batch(
         [(3, [1, 2])], heads.kv_heads, heads.ratio, heads.dim, heads.dtype, heads.kv_dtype
     )
-    config = choose_config(heads.dtype, heads.dim, heads.ratio, card.per_multiprocessor)
-    fused = make_fused(batch, config, num_programs=100 * config.programs_per_sm)
-    fused(
-        batch.q,
-        batch.k_cache,
-        batch.v_cache,
-        torch.empty_like(batch.q),
-        batch.req_to_token,
-        batch.scale,
-        heads.softcap,
-        torch.zeros(heads.kv_heads * heads.ratio) if heads.sinks else None,
-    )
-    (kernel,) = stub.compiled["fused_decode_kernel"]
-    programs = config.programs_per_sm
-    assert programs * (kernel.shared + RESERVED) <= card.per_multiprocessor
-    registers = kernel.registers or 255
-    assert programs * kernel.warps * 32 * registers <= REGISTERS
+    configs = choose_configs(heads.dtype, heads.dim, heads.ratio, card.per_multiprocessor)
+    for config in dict.fromkeys(configs):
+        fused = make_fused(batch, config, num_programs=100 * config.programs_per_sm)
+        fused(
+            batch.q,
+            batch.k_cache,
+            batch.v_cache,
+            torch.empty_like(batch.q),
+            batch.req_to_token,
+            batch.scale,
+            heads.softcap,
+            torch.zeros(heads.kv_heads * heads.ratio) if heads.sinks else None,
+        )
+        kernel = stub.compiled["fused_decode_kernel"].pop()
+        programs = config.programs_per_sm
+        assert programs * (kernel.shared + RESERVED) <= card.per_multiprocessor
+        registers = kernel.registers or 255
+        assert programs * kernel.warps * 32 * registers <= REGISTERS
+    assert not stub.compiled["fused_decode_kernel"]
 
 
 @pytest.mark.parametrize("requests", BLOCKS)

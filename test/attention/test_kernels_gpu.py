@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cases import Batch, Path, make_batch, make_fused, make_tree_batch, relative_error, run
-from sglang_batchllm.attention.fused import FusedDecode, choose_config
+from sglang_batchllm.attention.fused import FusedDecode, choose_configs
 
 pytestmark = pytest.mark.gpu
 
@@ -23,9 +23,9 @@ def fused_for(batch: Batch, max_batch: int | None = None) -> FusedDecode:
     heads, head_dim = batch.q.shape[1:]
     card = torch.cuda.get_device_properties(0)
     memory = card.shared_memory_per_multiprocessor
-    config = choose_config(batch.q.dtype, head_dim, heads // batch.k_cache.shape[1], memory)
-    programs = card.multi_processor_count * config.programs_per_sm
-    return make_fused(batch, config, programs, max_batch=max_batch)
+    configs = choose_configs(batch.q.dtype, head_dim, heads // batch.k_cache.shape[1], memory)
+    programs = [card.multi_processor_count * config.programs_per_sm for config in configs]
+    return make_fused(batch, configs, *programs, max_batch=max_batch)
 
 
 def error_of(batch: Batch, **kwargs: object) -> float:

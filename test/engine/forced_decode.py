@@ -125,7 +125,7 @@ def true_logprobs(
 @functools.cache
 def model_of(folder: Path, rounded: bool, device: str) -> Any:
     """The model of `folder` in transformers, in float32. rounded: its weights to bfloat16."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return (model.bfloat16().float() if rounded else model).to(device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
 
 from sglang_batchllm.attention import kernels
-from sglang_batchllm.attention.worklist import WorkList, next_power_of_2
+from sglang_batchllm.attention.worklist import MANY_REQUESTS, WorkList, next_power_of_2
 
 LOG2_E: float = kernels.LOG2_E.value
 
@@ -39,6 +40,31 @@ class KernelConfig:
     num_warps: int
     programs_per_sm: int
     max_registers: int | None = None
+
+
+class KernelConfigs(NamedTuple):
+    """few, many: for batches below `MANY_REQUESTS`, and from there on. Query tiles are the same."""
+
+    few: KernelConfig
+    many: KernelConfig
+
+    def of(self, batch_size: int) -> KernelConfig:
+        return self.many if batch_size >= MANY_REQUESTS else self.few
+
+
+def choose_configs(
+    dtype: torch.dtype, head_dim: int, ratio: int, shared_memory: int = SHARED_MEMORY
+) -> KernelConfigs:
+    """For a model dtype, head dimension, query heads per KV head, and bytes of shared memory.
+
+    Large batches spend their time in the products of large groups, for which two programs of a
+    multiprocessor with tiles twice as long are faster than three; small ones wait for memory.
+    """
+    few = choose_config(dtype, head_dim, ratio, shared_memory)
+    if few.programs_per_sm < 3:
+        return KernelConfigs(few, few)
+    many = replace(few, block_n_large=2 * few.block_n_large, programs_per_sm=2, max_registers=None)
+    return KernelConfigs(few, many)
 
 
 def choose_config(
@@ -75,7 +101,7 @@ class FusedDecode:
 
     def __init__(
         self,
-        config: KernelConfig,
+        configs: KernelConfigs,
         work: WorkList,
         num_heads: int,
         num_kv_heads: int,
@@ -83,14 +109,15 @@ class FusedDecode:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.config = config
+        self.configs = configs
         self.work = work
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         # KV heads that fill a small query tile, and among whose keys a step of it divides evenly.
-        room = config.block_m_small // next_power_of_2(num_heads // num_kv_heads)
-        self.wide_heads = math.gcd(num_kv_heads, next_power_of_2(room), config.block_n_small)
+        few = configs.few
+        room = few.block_m_small // next_power_of_2(num_heads // num_kv_heads)
+        self.wide_heads = math.gcd(num_kv_heads, next_power_of_2(room), few.block_n_small)
         self.parts = torch.empty(
             (work.part_capacity, num_heads, head_dim), dtype=dtype, device=device
         )
@@ -119,12 +146,12 @@ class FusedDecode:
         is to be multiplied by; req_to_token: int32 [rows, context]; softcap: 0 for none; sinks:
         [query heads], a logit that takes part in the softmax's denominator only.
         """
-        config = self.config
+        config = self.configs.of(q.shape[0])
         work = self.work
         ratio = self.num_heads // self.num_kv_heads
         block_d = max(next_power_of_2(self.head_dim), 16)
         sink_tensor = sinks if sinks is not None else q
-        kernels.fused_decode_kernel[(work.config.num_programs,)](
+        kernels.fused_decode_kernel[(work.config.programs_for(q.shape[0]),)](
             q,
             k_cache,
             v_cache,

@@ -45,6 +45,9 @@ WIDE_TOKENS = 256
 MEMBERSHIPS = 3
 """Nodes that are read together on a request's path, on the average of all, at most."""
 
+MANY_REQUESTS = 128
+"""Batches of so many run in other tiles (`fused.KernelConfigs`)."""
+
 BLOCKS = (256, 1024, 4096)
 """Batch sizes that the plan is compiled for: not for each that is captured. Beyond, powers of 2."""
 
@@ -149,16 +152,25 @@ class WorkListConfig:
     """What the list is cut for.
 
     lanes_small, lanes_large: members per query tile of the two tile sizes; num_programs: programs
-    of the launch; the others: see the constants above, which they are by default.
+    of the launch; many_programs: of one of `MANY_REQUESTS`, no more than those; the others: see the
+    constants above, which they are by default.
     """
 
     num_kv_heads: int
     lanes_small: int
     lanes_large: int
     num_programs: int
+    many_programs: int
     min_saved_tokens: int = MIN_SAVED_TOKENS
     part_tokens: int = PART_TOKENS
     wide_tokens: int = WIDE_TOKENS
+
+    def programs_for(self, batch_size: int) -> int:
+        return self.many_programs if batch_size >= MANY_REQUESTS else self.num_programs
+
+    def wave_items(self, programs: int) -> int:
+        """Items that run at once."""
+        return max(programs // self.num_kv_heads, 1)
 
 
 class WorkList:
@@ -190,15 +202,15 @@ class WorkList:
         self.num_groups = num_rows + 1
         self.slot_capacity = slot_capacity
         self.member_capacity = MEMBERSHIPS * max_batch
-        self.wave_items = max(config.num_programs // config.num_kv_heads, 1)
-        self.suffix_target = self.wave_items * SUFFIX_WAVES
+        wave_items = config.wave_items(config.num_programs)
+        suffix_target = wave_items * SUFFIX_WAVES
         # sum ceil(length / split) <= nodes + work / split, and work / split <= target (three
         # times that for prefixes); a prefix part exists once per member, at most lanes_large
         # members a tile.
-        prefix_splits = 3 * self.wave_items
+        prefix_splits = 3 * wave_items
         once = max_batch + self.member_capacity
-        self.item_capacity = once + prefix_splits + self.suffix_target
-        self.part_capacity = once + self.suffix_target + prefix_splits * config.lanes_large
+        self.item_capacity = once + prefix_splits + suffix_target
+        self.part_capacity = once + suffix_target + prefix_splits * config.lanes_large
 
         def buffer(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -229,6 +241,7 @@ class WorkList:
         """
         batch = rows.shape[0]
         config = self.config
+        wave_items = config.wave_items(config.programs_for(batch))
         fitting = next((block for block in BLOCKS if batch <= block), BLOCKS[-1])
         block_b = max(min(self.max_block, fitting), next_power_of_2(batch))
         num_rows = group_id.shape[1]
@@ -252,8 +265,8 @@ class WorkList:
             self.num_groups,
             self.slot_capacity,
             self.member_capacity,
-            self.wave_items,
-            self.suffix_target,
+            wave_items,
+            SUFFIX_WAVES * wave_items,
             config.min_saved_tokens,
             config.part_tokens,
             config.wide_tokens,

@@ -19,7 +19,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_batchllm.attention.fused import FusedDecode, choose_config
+from sglang_batchllm.attention.fused import FusedDecode, choose_configs
 from sglang_batchllm.attention.groups import GroupTable, get_group_table
 from sglang_batchllm.attention.reference import shared_decode
 from sglang_batchllm.attention.worklist import BLOCKS, WorkList, WorkListConfig, next_power_of_2
@@ -340,17 +340,18 @@ class BatchLLMAttnBackend(AttentionBackend):
         if self.device.type == "cuda":
             card = torch.cuda.get_device_properties(self.device)
             memory = card.shared_memory_per_multiprocessor
-            config = choose_config(self.dtype, head_dim, ratio, memory)
-            num_programs = card.multi_processor_count * config.programs_per_sm
+            configs = choose_configs(self.dtype, head_dim, ratio, memory)
+            programs = [card.multi_processor_count * c.programs_per_sm for c in configs]
         else:
-            config = choose_config(self.dtype, head_dim, ratio)
-            num_programs = INTERPRETED_PROGRAMS
+            configs = choose_configs(self.dtype, head_dim, ratio)
+            programs = [INTERPRETED_PROGRAMS] * 2
         work = WorkList(
             WorkListConfig(
                 num_kv_heads=num_kv_heads,
-                lanes_small=config.block_m_small // lanes,
-                lanes_large=config.block_m_large // lanes,
-                num_programs=num_programs,
+                lanes_small=configs.few.block_m_small // lanes,
+                lanes_large=configs.few.block_m_large // lanes,
+                num_programs=programs[0],
+                many_programs=programs[1],
             ),
             max_batch=max(max_batch, self.num_rows),
             num_rows=self.num_rows,
@@ -362,7 +363,9 @@ class BatchLLMAttnBackend(AttentionBackend):
         # step that has so many.
         rows = torch.zeros(min(self.num_rows, BLOCKS[1] + 1), dtype=torch.int64, device=self.device)
         self._build_list(work, rows, torch.ones_like(rows))
-        return FusedDecode(config, work, num_heads, num_kv_heads, head_dim, self.dtype, self.device)
+        return FusedDecode(
+            configs, work, num_heads, num_kv_heads, head_dim, self.dtype, self.device
+        )
 
 
 def _table_of(req_to_token_pool: Any) -> GroupTable:

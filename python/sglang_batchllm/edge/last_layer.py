@@ -22,6 +22,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.args import resolved
 from sglang_batchllm.edge.model_kind import prefill_is_compiled
+from sglang_batchllm.edge.transfers import to_device
 
 if TYPE_CHECKING:
     from sglang_batchllm.edge.seams.v0_5_17 import last_layer as seam
@@ -82,7 +83,7 @@ def sampled_rows(batch: ForwardBatch) -> torch.Tensor | None:
     if batch.extend_seq_lens_cpu is None or batch.extend_logprob_start_lens_cpu is None:
         return None
     rows = _scored_rows(batch.extend_seq_lens_cpu, batch.extend_logprob_start_lens_cpu)
-    return None if len(rows) == tokens else torch.from_numpy(rows).to(batch.input_ids.device)
+    return None if len(rows) == tokens else to_device(rows, batch.input_ids.device)
 
 
 def _scored_rows(extend_lens: Sequence[int], logprob_starts: Sequence[int]) -> np.ndarray:

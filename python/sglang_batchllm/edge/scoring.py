@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.model_kind import has_recurrent_state
+from sglang_batchllm.edge.transfers import pinned, to_device, to_host
 from sglang_batchllm.policy.rows import Ask, RowLists, Rows
 from sglang_batchllm.policy.scored import prefix_limit, rows_to_leave, rows_to_read, scores
 
@@ -146,7 +147,7 @@ class ScoredStep:
     def _widen(self) -> dict[str, Any]:
         """Have the batch ask for all that is wanted of it; returns what it asked before."""
         batch, parts = self.batch, self._parts
-        tokens = torch.tensor([token for part in parts for token in part.wide_tokens])
+        tokens = pinned([token for part in parts for token in part.wide_tokens])
         wide: dict[str, Any] = {
             "return_logprob": True,
             "extend_logprob_start_lens": [part.wide.start - part.begin for part in parts],
@@ -166,14 +167,14 @@ class ScoredStep:
         if not self._last_rows:
             return
         places = [place for place, _ in self._last_rows]
-        logits = logits_of(states[torch.tensor(places, device=states.device)]).float()
+        logits = logits_of(states[to_device(places, states.device)]).float()
         pairs = [
             (row, min(token, logits.shape[1] - 1))
             for row, (_, rows) in enumerate(self._last_rows)
             for token in rows.following or ()
         ]
-        row, token = torch.tensor(pairs, device=states.device).T
-        self._following = torch.log_softmax(logits, dim=-1)[row, token]
+        row, token = to_device([*chain(*pairs)], states.device).view(-1, 2).T
+        self._following = to_host(torch.log_softmax(logits, dim=-1)[row, token])
 
     # Its result
 
@@ -181,6 +182,8 @@ class ScoredStep:
         """Take the rows from a pass's result, narrow it, and give requests the rows before it."""
         if result.copy_done is not None:
             result.copy_done.synchronize()
+        elif torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # steps do not overlap
         seam.finalize(result.logits_output)
         if result.logits_output.input_token_logprobs is not None:
             self._narrow(result)
@@ -230,14 +233,15 @@ _current: ScoredStep | None = None
 
 def score_rows(original: Callable[..., Any], processor: Any, **arguments: Any) -> Any:
     """Around what computes the rows of a pass from its hidden states."""
-    if _current is not None:
-        head, metadata = arguments["lm_head"], arguments["logits_metadata"]
-        compute = arguments["get_logits_fn"]
-        _current.score_following(
-            arguments["pruned_states"],
-            lambda states: compute(states, head, metadata, use_logits_buffer=False),
-        )
-    return original(processor, **arguments)
+    if _current is None:
+        return original(processor, **arguments)
+    head, metadata = arguments["lm_head"], arguments["logits_metadata"]
+    compute = arguments["get_logits_fn"]
+    _current.score_following(
+        arguments["pruned_states"],
+        lambda states: compute(states, head, metadata, use_logits_buffer=False),
+    )
+    return seam.compute_rows(original, processor, arguments)
 
 
 def _is_skipped(req: Req) -> bool:
