@@ -21,7 +21,7 @@ from sglang.srt.managers.io_struct import (
 from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
 from sglang_batchllm.edge.packing import PackedList, emptied, ids_in
 
-AT_ONCE = 8
+AT_ONCE = 4
 """Parts that a step takes in while nobody else is served: who comes meanwhile waits for them."""
 
 _REQUESTS = (TokenizedGenerateReqInput, BatchTokenizedGenerateReqInput, PackedList)
