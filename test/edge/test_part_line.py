@@ -76,7 +76,7 @@ def test_another_list_comes_before_the_parts_that_wait():
 @pytest.mark.parametrize(
     "message",
     [
-        pytest.param(AbortReq(rid="9"), id="one of its requests ends, and by the beginning of ids"),
+        pytest.param(AbortReq(rid="1"), id="one of its requests ends, and by the beginning of ids"),
         pytest.param(AbortReq(abort_all=True), id="all end"),
         pytest.param(FlushCacheReqInput(), id="the cache is flushed"),
     ],
