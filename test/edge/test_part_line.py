@@ -3,9 +3,14 @@
 from typing import Any
 
 import pytest
-from sglang.srt.managers.io_struct import AbortReq, BatchTokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchTokenizedGenerateReqInput,
+    FlushCacheReqInput,
+    GetInternalStateReq,
+)
 
-from sglang_batchllm.edge.messages import AbortList
+from sglang_batchllm.edge.messages import AbortList, NameTurns
 from sglang_batchllm.edge.packing import PackedList, end_of_list, packed
 from sglang_batchllm.edge.part_line import AT_ONCE, PartLine
 from sglang_batchllm.policy.parts import Part
@@ -49,12 +54,38 @@ def test_a_request_by_itself_goes_before_the_parts_that_wait():
     assert order(line, [LONE]) == [LONE, list_[1]]
 
 
-def test_all_else_keeps_its_place():
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(NameTurns(batch="other", turns={}), id="another list is announced"),
+        pytest.param(GetInternalStateReq(), id="somebody asks for the report"),
+        pytest.param(AbortReq(rid="lone"), id="a request by itself ends"),
+    ],
+)
+def test_what_is_not_of_the_list_waits_for_none_of_its_parts(message: Any):
+    line, list_ = PartLine(), parts(3)
+    assert order(line, [*list_, message], others=True) == [message, list_[0]]
+
+
+def test_another_list_comes_before_the_parts_that_wait():
+    other = packed(BatchTokenizedGenerateReqInput(batch=[request("b", [1]), request("c", [1])]))
+    line, list_ = PartLine(), parts(3)
+    assert order(line, [*list_, other]) == [other, list_[0]]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(AbortReq(rid="1"), id="one of its requests ends, and by the beginning of ids"),
+        pytest.param(AbortReq(abort_all=True), id="all end"),
+        pytest.param(FlushCacheReqInput(), id="the cache is flushed"),
+    ],
+)
+def test_all_else_keeps_its_place(message: Any):
     line, list_ = PartLine(), parts(AT_ONCE + 3)
-    abort = AbortReq(rid="0a")
-    assert order(line, [*list_[:-1], abort, list_[-1]], others=True) == [
+    assert order(line, [*list_[:-1], message, list_[-1]], others=True) == [
         *list_[:-1],
-        abort,
+        message,
         list_[-1],
     ]
 

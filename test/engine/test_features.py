@@ -132,6 +132,26 @@ def test_samples_over_http(server):
     assert (again["requests"], again["computed_tokens"]) == (6, report["computed_tokens"])
 
 
+def test_samples_of_a_chat_over_http(server):
+    """The conversation is one node of a plan, computed once, and each sample a choice."""
+    messages = [{"role": "user", "content": "once there was a lighthouse " * 20}]
+    body = {"model": "x", "messages": messages, "max_tokens": 4, "temperature": 0}
+    body |= {"ignore_eos": True}
+    (alone,) = server.post("/v1/chat/completions", body).json()["choices"]
+    flush(server)
+    before = get_report(server.url, API_KEY)["total"]
+    answer = server.post("/v1/chat/completions", body | {"n": 3}).json()
+    assert answer["choices"] == [alone | {"index": index} for index in range(3)]
+    prompt = answer["usage"]["prompt_tokens"]
+    assert answer["usage"]["completion_tokens"] == 3 * 4
+    after = get_report(server.url, API_KEY)["total"]
+    new = {name: after[name] - before[name] for name in before}
+    assert (new["requests"], new["groups"], new["grouped_requests"]) == (3, 1, 3)
+    own = (prompt - 1) % SERVER_PAGE_SIZE + 1
+    assert new["prompt_tokens"] == 3 * prompt > 9 * SERVER_PAGE_SIZE
+    assert new["computed_tokens"] == prompt + 2 * own
+
+
 def test_samples_of_a_list_with_a_prompt_that_is_too_long(engine):
     prompts = [*BATCH, [7] * (CONTEXT_LENGTH + 1)]
     with pytest.raises(ValueError, match="context length"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sglang_batchllm.planning import TokenTable, plan_batch
+from sglang_batchllm.planning.tokens import as_table
 
 PROMPTS = [[1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9, 9], [1, 2, 7, 7]]
 
@@ -22,6 +23,7 @@ PROMPTS = [[1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9, 9], [1, 2, 7, 7]]
         np.array(PROMPTS, ">i4"),
         [tuple(prompt) for prompt in PROMPTS],
         [array.array("i", prompt) for prompt in PROMPTS],
+        [array.array("q", prompt) for prompt in PROMPTS],
         [array.array("q", PROMPTS[0]), np.array(PROMPTS[1], np.int16), *PROMPTS[2:]],
         TokenTable(np.ravel(PROMPTS), np.arange(0, 17, 4)),
     ],
@@ -32,6 +34,25 @@ def test_every_form_of_input_gives_the_same_plan(form: Any) -> None:
     assert plan.to_compute.tolist() == expected.to_compute.tolist()
     assert plan.group_of.tolist() == expected.group_of.tolist()
     assert plan.prompt_lens.tolist() == [4] * 4
+
+
+@pytest.mark.parametrize("form", [list, lambda prompt: array.array("q", prompt)])
+@pytest.mark.parametrize("last", [1, 2**40, -(2**63)])
+def test_many_prompts_keep_their_tokens(form: Any, last: int) -> None:
+    """They are joined some hundreds at a time, and the ids of the last ones may take more bytes."""
+    prompts = [[number] * (1 + number % 3) for number in range(700)] + [[699, last]]
+    table = as_table([form(prompt) for prompt in prompts])
+    assert table.tokens.tolist() == [token for prompt in prompts for token in prompt]
+    assert np.diff(table.offsets).tolist() == [*map(len, prompts)]
+    assert table.tokens.dtype == (np.int32 if last == 1 else np.int64)
+
+
+@pytest.mark.parametrize("wrong", [[], array.array("q"), np.array([2**63], np.uint64), ["a"]])
+def test_one_of_many_prompts_is_named(wrong: Any) -> None:
+    prompts: list[Any] = [array.array("q", [number]) for number in range(700)]
+    prompts[650] = wrong
+    with pytest.raises(ValueError, match="prompt 650 "):
+        as_table(prompts)
 
 
 def test_token_table_of_uneven_prompts() -> None:

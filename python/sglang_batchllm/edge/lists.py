@@ -21,6 +21,7 @@ from sglang.srt.managers.io_struct import (
 
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.args import resolved
+from sglang_batchllm.edge.garbage import Leftovers
 from sglang_batchllm.edge.levelling import Levelling
 from sglang_batchllm.edge.messages import AbortList
 from sglang_batchllm.edge.packing import PackedList, end_of_list, packed
@@ -54,6 +55,8 @@ class ListIntake(SampledLists):
         self._aborts: list[AbortReq] = []
         self._parts: dict[str, Part] = {}  # about to be sent, by the id of the first request
         self._expects_many = False
+        self._leftovers = Leftovers()
+        self._freeing: asyncio.Task[None] | None = None  # nobody else keeps it
         arguments = resolved(self.server_args)
         self.replicas: Replicas | None = None
         self._levelling: Levelling | None = None
@@ -250,6 +253,8 @@ class ListIntake(SampledLists):
         finally:
             for waiter in generators:
                 await waiter.aclose()
+            self._leftovers.add(generators)
+            self._freeing = asyncio.create_task(self._leftovers.free())
             if len(self.rid_to_state) < SLICE:
                 self.garbage.sweep_if_due()
         return outputs
@@ -311,10 +316,11 @@ class Waiter:
     """The answers to one request: SGLang's generator of them, and what there is to know before it
     is asked."""
 
-    __slots__ = ("_answers", "request", "state")
+    __slots__ = ("_answers", "_asked", "request", "state")
 
     def __init__(self, answers: AsyncIterator[Any], state: ReqState, request: Any):
         self._answers = answers
+        self._asked = False
         self.state = state
         self.request = request  # of HTTP, if any
 
@@ -324,10 +330,12 @@ class Waiter:
     async def __anext__(self) -> Any:
         if self.request is None and not self.state.finished:
             await self.state.event.wait()  # SGLang would look every few seconds, for nothing
+        self._asked = True
         return await self._answers.__anext__()
 
     async def aclose(self) -> None:
-        await self._answers.aclose()  # type: ignore[attr-defined]
+        if self._asked:  # the event loop would note down each that it closes
+            await self._answers.aclose()  # type: ignore[attr-defined]
 
     def ring(self, bell: asyncio.Event, arrived: list[int], index: int) -> None:
         """From now on add `index` to `arrived` and set the bell when there is an answer."""

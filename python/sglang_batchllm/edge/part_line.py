@@ -1,7 +1,8 @@
 """Parts of long lists that have reached the scheduler and are not taken in yet.
 
 To take in a part costs as much as a step or more. So while others are served, a step takes in one,
-and requests by themselves go before those that wait; all else keeps its place behind them.
+and what has nothing to do with the parts that wait goes before them: requests by themselves, other
+lists, the end of one of these, a question for the report. All else keeps its place behind them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,22 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchTokenizedGenerateReqInput,
+    GetInternalStateReq,
+    TokenizedGenerateReqInput,
+)
 
-from sglang_batchllm.edge.messages import AbortList
+from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
 from sglang_batchllm.edge.packing import PackedList, emptied, ids_in
 
-AT_ONCE = 8
+AT_ONCE = 4
 """Parts that a step takes in while nobody else is served: who comes meanwhile waits for them."""
+
+_REQUESTS = (TokenizedGenerateReqInput, BatchTokenizedGenerateReqInput, PackedList)
+_GO_BEFORE = (*_REQUESTS, NameTurns, ReleaseTexts, GetInternalStateReq)
+"""Unless it is a part."""
 
 
 class PartLine:
@@ -32,19 +42,26 @@ class PartLine:
         """What to process before the next step, in this order. serves_others: whether anything but
         lists in parts runs or waits."""
         due: list[Any] = []
-        comes_alone = False
+        others_come = False
         for message in received:
             if isinstance(message, PackedList) and message.part is not None:
                 self._parts.append(message)
                 continue
-            if isinstance(message, TokenizedGenerateReqInput):
-                comes_alone = True
-            elif not (isinstance(message, AbortList) and self._drop(message)):
+            others_come |= isinstance(message, _REQUESTS)
+            if not self._goes_before(message):
                 due += self._take(len(self._parts))
             due.append(message)
         if self._parts:
-            due += self._take(1 if comes_alone or serves_others() else AT_ONCE)
+            due += self._take(1 if others_come or serves_others() else AT_ONCE)
         return due
+
+    def _goes_before(self, message: Any) -> bool:
+        if isinstance(message, AbortReq):  # of all whose ids begin with its own
+            start = "" if message.abort_all else message.rid or ""
+            return not any(rid.startswith(start) for part in self._parts for rid in ids_in(part))
+        return isinstance(message, _GO_BEFORE) or (
+            isinstance(message, AbortList) and self._drop(message)
+        )
 
     def _take(self, count: int) -> list[PackedList]:
         return [self._parts.popleft() for _ in range(min(count, len(self._parts)))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import filterfalse
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +18,7 @@ from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.adder import ForecastPrefillAdder
 from sglang_batchllm.edge.args import BatchLLMServerArgs, resolved
 from sglang_batchllm.edge.cache import PinnedGroups
-from sglang_batchllm.edge.garbage import Garbage
+from sglang_batchllm.edge.garbage import Garbage, Leftovers
 from sglang_batchllm.edge.last_layer import sample_rows_in_last_layer
 from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
 from sglang_batchllm.edge.names import ATTENTION_BACKEND
@@ -108,6 +108,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._part: Part | None = None  # that is received
         self._part_line = PartLine()
         self._garbage = Garbage()
+        self._leftovers = Leftovers()
         self._shard: Shard | None = None  # the same
         self._turns: dict[str, Turn] = {}  # of requests that are announced and have yet to come
         self._seen_forward_ct = 0
@@ -127,6 +128,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         )
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        self._leftovers.free_some()
         ordered = self._part_line.order(recv_reqs, self._policy.serves_others)
         super().process_input_requests(ordered)
 
@@ -201,13 +203,13 @@ class BatchLLMScheduler(seam.QueueingScheduler):
 
     def abort_list(self, recv_req: AbortList) -> None:
         """As an abort of each request by itself, in one pass over those that wait."""
-        rids = set(recv_req.rids)
+        rids = dict.fromkeys(recv_req.rids)  # in order, as they lie in memory
         waiting = [req for req in map(self._index.get, rids) if req is not None]
         with self._only_waiting(waiting):
             for req in waiting:
                 self.refuse_waiting(req, answer=req.rid in recv_req.awaited)
             self.waiting_queue = []
-            for rid in rids.difference(req.rid for req in waiting):
+            for rid in rids.keys() - {req.rid for req in waiting}:
                 super().abort_request(AbortReq(rid=rid))
 
     @contextmanager
@@ -218,14 +220,17 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         try:
             yield
         finally:
-            gone = set(leaving).difference(self.waiting_queue)
-            self.waiting_queue = without(before, gone)
+            left = set(self.waiting_queue)
+            gone = [req for req in leaving if req not in left]
+            self.waiting_queue = without(before, set(gone))
             self.departed(gone)
 
-    def departed(self, gone: set[Req]) -> None:
+    def departed(self, gone: Collection[Req]) -> None:
         for req in gone:
             self._index.discard(req)
         self._policy.departed(gone)
+        if len(gone) > SLICE:
+            self._leftovers.add(gone)
 
     # Scheduling
 
@@ -356,6 +361,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         return super().publish_load_snapshot(force)
 
     def on_idle(self) -> None:
+        if self._leftovers:
+            return  # once they are gone it may sleep
         super().on_idle()
         self._policy.rest()
         if self.is_fully_idle():

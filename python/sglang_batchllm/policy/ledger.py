@@ -105,10 +105,11 @@ class Ledger:
             report.retractions += 1
 
     def ended(self, request: Request, end: End, batch: Batch | None) -> None:
-        if prompt_tokens_run(request):
+        ran = prompt_tokens_run(request)
+        if ran:
             self._distinct.add(request.origin_input_ids, request.extra_key)
         for report in self._reports(batch):
-            report.add_ended(request, end)
+            report.add_ended(request, end, ran)
         self._present -= 1
         self._busy.set(self._present > 0)
 

@@ -196,7 +196,8 @@ class PinnedTree:
             if node in self._pins:
                 keep = max(self.depth[survivor], self._foreign.get(node, 0)) if free else None
                 self._store.unpin(self._pins.pop(node), self.depth[node], keep, last_use)
-        self._add_pinned(ready, -1)
+        if ready:
+            self._add_pinned(ready, -1)
 
     def relax(self, member: Leader | None) -> int:
         """Leave every pin that is not on the member's path to the cache's own eviction, so that

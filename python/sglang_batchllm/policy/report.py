@@ -56,14 +56,15 @@ class Report:
     def note_pinned(self, tokens: int) -> None:
         self.peak_pinned_tokens = max(self.peak_pinned_tokens, tokens)
 
-    def add_ended(self, request: Request, end: End) -> None:
+    def add_ended(self, request: Request, end: End, ran: int) -> None:
+        """ran: see `prompt_tokens_run`."""
         if end == "abort":
             self.aborted += 1
         else:
             self.finished += 1
-        ran = prompt_tokens_run(request)
-        self._ran_prompt_tokens += ran
-        self.computed_tokens += max(ran - max(request.cached_tokens, 0), 0)
+        if ran:
+            self._ran_prompt_tokens += ran
+            self.computed_tokens += max(ran - max(request.cached_tokens, 0), 0)
         self.output_tokens += len(request.output_ids)
 
     def facts(self, seconds: float) -> dict[str, Any]:

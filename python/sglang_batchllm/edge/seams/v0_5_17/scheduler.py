@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
@@ -12,7 +13,7 @@ from sglang.srt.managers.scheduler import Scheduler
 class QueueingScheduler(Scheduler):
     """A scheduler that tells what leaves its waiting queue."""
 
-    def departed(self, gone: set[Req]) -> None:
+    def departed(self, gone: Collection[Req]) -> None:
         """These requests have left the waiting queue, and will not run."""
         raise NotImplementedError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
@@ -11,7 +13,7 @@ from sglang.srt.runtime_context import get_parallel
 class QueueingScheduler(Scheduler):
     """A scheduler that tells what leaves its waiting queue."""
 
-    def departed(self, gone: set[Req]) -> None:
+    def departed(self, gone: Collection[Req]) -> None:
         """These requests have left the waiting queue, and will not run."""
         raise NotImplementedError
 
