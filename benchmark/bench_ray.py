@@ -15,7 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ ORDER = "order"
 def run_side(
     side: str, model: Path, bodies: list[Body], replicas: int, gpus: bool, options: Row, pipe: Any
 ) -> None:
-    """Sends seconds of the job, the texts in the order of the rows, and what SGLang exported."""
+    """Sends the job's seconds, the texts in the order of the rows, and what SGLang exported."""
     import ray
     from ray.data.llm import SGLangEngineProcessorConfig, build_processor
 
@@ -42,8 +45,8 @@ def run_side(
     there = {} if gpus else {"num_cpus": replicas + 6, "num_gpus": replicas}
     ray.init(include_dashboard=False, **there)
     kind = BatchLLMProcessorConfig if side == "batchllm" else SGLangEngineProcessorConfig
-    with tempfile.TemporaryDirectory() as exported:
-        options = options | {"export_metrics_to_file": True, "export_metrics_to_file_dir": exported}
+    with tempfile.TemporaryDirectory() as folder, reading(Path(folder)) as exported:
+        options = options | {"export_metrics_to_file": True, "export_metrics_to_file_dir": folder}
         processor = build_processor(
             kind(model_source=str(model), concurrency=replicas, engine_kwargs=options),
             preprocess=lambda row: row,
@@ -53,10 +56,35 @@ def run_side(
         rows = processor(ray.data.from_items(rows_of(bodies)))
         texts = {row[ORDER]: row["text"] for row in rows.take_all()}
         seconds = time.perf_counter() - started
-        lines = [
-            line for file in Path(exported).iterdir() for line in file.read_text().splitlines()
-        ]
-    pipe.send((seconds, [texts[i] for i in range(len(bodies))], [*map(json.loads, lines)]))
+    pipe.send((seconds, [texts[i] for i in range(len(bodies))], exported))
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[list[tuple[float, Row]]]:
+    """The records that processes append to files in there, each with the time when it was seen,
+    which they don't say."""
+    seen: list[tuple[float, Row]] = []
+    over = threading.Event()
+
+    def read() -> None:
+        done: dict[Path, int] = {}
+        while True:
+            last = over.is_set()
+            for file in folder.iterdir():
+                *lines, _ = file.read_bytes()[done.get(file, 0) :].split(b"\n")
+                done[file] = done.get(file, 0) + sum(len(line) + 1 for line in lines)
+                seen.extend((time.time(), json.loads(line)) for line in lines)
+            if last:
+                return
+            over.wait(0.05)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        reader.join()
 
 
 def rows_of(bodies: list[Body]) -> list[Row]:
@@ -75,9 +103,10 @@ def rows_of(bodies: list[Body]) -> list[Row]:
     ]
 
 
-def figures(seconds: float, facts: list[Row]) -> Row:
-    begun = min(fact["response_sent_to_client_ts"] - fact["e2e_latency"] for fact in facts)
-    ended = max(fact["response_sent_to_client_ts"] for fact in facts)
+def figures(seconds: float, exported: list[tuple[float, Row]]) -> Row:
+    begun = min(at - fact["e2e_latency"] for at, fact in exported)
+    ended = max(at for at, _ in exported)
+    facts = [fact for _, fact in exported]
     prompt_tokens = sum(fact["prompt_tokens"] for fact in facts)
     return {
         "rows": len(facts),
@@ -136,12 +165,12 @@ def main() -> None:
             for side in args.sides:
                 common = (args.replicas, args.model is not None, options | memory)
                 (found,) = results_of(run_side, side, model, bodies, *common)
-                seconds, texts, facts = found
-                assert len(facts) == len(bodies), "some request was not exported"
+                seconds, texts, exported = found
+                assert len(exported) == len(bodies), "some request was not exported"
                 said.append(texts)
                 row = {"case": case.name, "replicas": args.replicas, "kv_tokens": kv, "side": side}
                 same = sum(a == b for a, b in zip(said[0], texts, strict=True))
-                row |= {"distinct_tokens": distinct, **figures(seconds, facts)}
+                row |= {"distinct_tokens": distinct, **figures(seconds, exported)}
                 row |= {f"same_texts_as_{args.sides[0]}": same}
                 print(json.dumps(file.add(row)), flush=True)
 
