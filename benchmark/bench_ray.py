@@ -5,9 +5,9 @@
 
 Rows are questions about documents, shuffled. Everything of Ray's has its default: batches of 32
 rows, eight of them in a replica at a time. Each side runs in a process and a Ray of its own. Tokens
-are what SGLang says of each request (`--export-metrics-to-file`). `seconds` is from the first request
-that reaches an engine to the last that is answered, `job_seconds` has Ray's and the engines' start
-in it, too.
+are what SGLang says of each request (`--export-metrics-to-file`). `seconds` is from the first that
+reaches an engine to the last that is answered, `job_seconds` has Ray's and the engines' start in
+it, too.
 """
 
 from __future__ import annotations
