@@ -13,6 +13,7 @@ import sglang_batchllm
 PACKAGE = "sglang_batchllm"
 ROOT = Path(sglang_batchllm.__file__).parent
 FOLDERS = ("planning", "policy", "attention", "wire", "jobs", "client", "server", "edge")
+FOLDERS += ("ray_data",)
 """In order: a folder imports from itself and from those before it."""
 
 OUTSIDE = {

@@ -52,7 +52,8 @@ def normal(name: str) -> str:
 
 
 def test_the_package_names_what_it_imports():
-    assert imported("python") == named(PROJECT["dependencies"])
+    extra = named(PROJECT["optional-dependencies"]["ray"])
+    assert imported("python") == named(PROJECT["dependencies"]) | extra
 
 
 def test_tests_scripts_and_benchmarks_name_what_they_import():

@@ -116,19 +116,21 @@ class EngineBackend(RuntimeEndpoint):
 
     @contextmanager
     def _running_loop(self) -> Iterator[None]:
-        """Keeps the engine's event loop running in a thread while anyone is within."""
+        """Keeps the engine's event loop running in a thread while anyone is within, unless others
+        run it: an engine that was made in a running loop has that one."""
         loop = self._engine.loop
         with self._lock:
-            if self._loop_users == 0:
+            mine = self._loop_users > 0 or not loop.is_running()
+            if mine and self._loop_users == 0:
                 self._loop_thread = threading.Thread(target=loop.run_forever, daemon=True)
                 self._loop_thread.start()
-            self._loop_users += 1
+            self._loop_users += mine
         try:
             yield
         finally:
             with self._lock:
-                self._loop_users -= 1
-                if self._loop_users == 0:
+                self._loop_users -= mine
+                if mine and self._loop_users == 0:
                     loop.call_soon_threadsafe(loop.stop)
                     self._loop_thread.join()
 
