@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from itertools import chain, repeat
 from typing import Any
 
@@ -50,7 +50,8 @@ def compute_rows(
 
     sampled = logits_of(arguments["sample_indices"])
     asked = metadata.token_ids_logprobs if metadata.extend_token_ids_logprob else []
-    pairs = _pairs(asked, counts)
+    ids_of_rows = chain.from_iterable(map(repeat, asked, counts))
+    pairs = [(row, token) for row, ids in enumerate(ids_of_rows) for token in ids or ()]
     most = max(metadata.top_logprobs_nums) if metadata.extend_return_top_logprob else 0
     chosen, tops, top_ids, of_ids = [states.new_empty(0, dtype=sampled.dtype)], [], [], []
     for start in range(0, len(rows), SLICE):
@@ -93,20 +94,6 @@ def compute_rows(
             for ids, count in zip(asked, counts, strict=True)
         ]
     return result, sampled
-
-
-def _pairs(asked: Sequence[list[int] | None], counts: Sequence[int]) -> list[tuple[int, int]]:
-    """Every (row, token) whose logprob is asked for."""
-
-    def of_requests() -> Iterator[tuple[int, int]]:
-        row = 0
-        for ids, count in zip(asked, counts, strict=False):
-            for _ in range(count):
-                for token in ids or ():
-                    yield row, token
-                row += 1
-
-    return list(of_requests())
 
 
 def finalize(output: Any) -> None:
