@@ -9,6 +9,7 @@ tiny model, cases have a tenth of the requests, each a tenth as long. Every side
 chat requests:
 
     texts        Engine.generate with --batchllm, the chat template applied beforehand
+    stock texts  Engine.generate without, shuffled and sorted by document; the better is quoted
     batch file   `batchllm run --url` on a server with --batchllm: a file in, a file out
     stock chat   a server without, asked by a client that sends all requests at once, shuffled and
                  sorted by document; the better is quoted
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import signal
 import subprocess
@@ -85,49 +87,67 @@ def bodies_in(file: Path) -> list[Body]:
 # Sides
 
 
-def run_texts(setup: Setup, cases: Sequence[Case], pipe: Any) -> None:
+def run_texts(setup: Setup, cases: Sequence[Case], flags: list[str], pipe: Any) -> None:
     """In a process of its own: a result per run through `pipe`."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(setup.model)
 
-    def prompts(file: Path) -> list[str]:
+    def prompts(bodies: list[Body]) -> list[str]:
         return [
             tokenizer.apply_chat_template(
                 body["messages"], tokenize=False, add_generation_prompt=True
             )
-            for body in bodies_in(file)
+            for body in bodies
         ]
 
     inputs = [
-        (case, prompts(setup.warm_up_file(case)), prompts(setup.file(case))) for case in cases
+        (case, prompts(bodies_in(setup.warm_up_file(case))), bodies_in(setup.file(case)))
+        for case in cases
     ]
-    engine = engine_of([*setup.flags, "--batchllm"])
+    engine = engine_of([*setup.flags, *flags])
     try:
-        for case, warm_up, texts in inputs:
+        for case, warm_up, bodies in inputs:
             sampling = {"temperature": 0, "max_new_tokens": case.output, "ignore_eos": True}
             engine.generate(warm_up, sampling)
-            for run in range(setup.runs):
-                engine.flush_cache()
-                started = time.perf_counter()
-                results = engine.generate(texts, sampling)
-                seconds = time.perf_counter() - started
-                infos = [result["meta_info"] for result in results]
-                usages = [
-                    Usage(info["prompt_tokens"], info["cached_tokens"], info["completion_tokens"])
-                    for info in infos
-                ]
-                pipe.send((case, {"order": "shuffled", "run": run, "seconds": seconds}, usages))
+            for order in ORDERS[:1] if flags else setup.orders:
+                places = places_in(order, bodies)
+                texts = prompts([bodies[place] for place in places])
+                for run in range(setup.runs):
+                    engine.flush_cache()
+                    started = time.perf_counter()
+                    results = engine.generate(texts, sampling)
+                    seconds = time.perf_counter() - started
+                    infos = [result["meta_info"] for result in results]
+                    usages = [
+                        Usage(one["prompt_tokens"], one["cached_tokens"], one["completion_tokens"])
+                        for one in infos
+                    ]
+                    row = {"order": order, "run": run, "seconds": seconds}
+                    pipe.send((case, row, as_in_file(places, usages)))
     finally:
         engine.shutdown()
+
+
+def places_in(order: str, bodies: Sequence[Body]) -> list[int]:
+    """The places in the file, in the order in which they are asked."""
+    places = list(range(len(bodies)))
+    if order == "grouped":
+        places.sort(key=lambda place: bodies[place]["messages"][0]["content"])
+    return places
+
+
+def as_in_file(places: list[int], answers: Sequence[Usage]) -> list[Usage]:
+    by_place = dict(zip(places, answers, strict=True))
+    return [by_place[place] for place in range(len(places))]
 
 
 Result = tuple[Case, Row, list[Usage]]
 """What is special of a run, and the tokens of its requests as they stand in the file."""
 
 
-def texts_side(setup: Setup, cases: Sequence[Case]) -> Iterator[Result]:
-    with contextlib.closing(results_of(run_texts, setup, cases)) as results:
+def texts_side(flags: list[str], setup: Setup, cases: Sequence[Case]) -> Iterator[Result]:
+    with contextlib.closing(results_of(run_texts, setup, cases, flags)) as results:
         yield from results
 
 
@@ -184,17 +204,14 @@ def stock_side(setup: Setup, cases: Sequence[Case]) -> Iterator[Result]:
         for case, warm_up, bodies in inputs:
             asyncio.run(chat(server.url, warm_up))
             for order in setup.orders:
-                places = list(range(len(bodies)))
-                if order == "grouped":
-                    places.sort(key=lambda place: bodies[place]["messages"][0]["content"])
+                places = places_in(order, bodies)
                 for run in range(setup.runs):
                     asyncio.run(flush(server.url))
                     seconds, answers = asyncio.run(
                         chat(server.url, [bodies[place] for place in places])
                     )
-                    by_place = dict(zip(places, answers, strict=True))
-                    usages = [by_place[place] for place in range(len(bodies))]
-                    yield case, {"order": order, "run": run, "seconds": seconds}, usages
+                    row = {"order": order, "run": run, "seconds": seconds}
+                    yield case, row, as_in_file(places, answers)
 
 
 async def chat(url: str, bodies: Sequence[Body]) -> tuple[float, list[Usage]]:
@@ -213,7 +230,8 @@ async def flush(url: str) -> None:
 
 
 SIDES: dict[str, Callable[[Setup, Sequence[Case]], Iterator[Result]]] = {
-    "texts": texts_side,
+    "texts": functools.partial(texts_side, ["--batchllm"]),
+    "stock texts": functools.partial(texts_side, []),
     "batch file": batch_file_side,
     "stock chat": stock_side,
 }
@@ -248,7 +266,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="put the rows into this file")
     parser.add_argument("flags", nargs="*", metavar="FLAG")
     args = parser.parse_args()
-    if args.url and (len(args.sides) != 1 or args.sides == ["texts"]):
+    if args.url and args.sides not in (["batch file"], ["stock chat"]):
         parser.error("--url is for one side that has a server: name it with --sides")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers end, too
 
@@ -279,15 +297,17 @@ def main() -> None:
 
 def print_table(rows: Sequence[Row]) -> None:
     """Requests per second, the best run of each side, and ratios of the batch file's to others."""
-    titles = ["batch file", "texts", "stock chat", "/ texts", "/ stock"]
-    print(f"{'case':<16}{'measured':<26}" + "".join(f"{title:>12}" for title in titles))
+    titles = ["batch file", "texts", "stock texts", "stock chat", "/ texts", "/ stock chat"]
+    print(f"{'case':<16}{'measured':<26}" + "".join(f"{title:>13}" for title in titles))
     for case in dict.fromkeys(row["case"] for row in rows):
-        texts, stock = (best(rows, case, side) for side in ("texts", "stock chat"))
+        texts, stock_texts, stock = (
+            best(rows, case, side) for side in ("texts", "stock texts", "stock chat")
+        )
         for measured, prefix in (("whole command", ""), ("since its first request", "running_")):
             ours = best(rows, case, "batch file", f"{prefix}requests_per_second")
-            rates = [f"{rate:.1f}" if rate else "" for rate in (ours, texts, stock)]
+            rates = [f"{rate:.1f}" if rate else "" for rate in (ours, texts, stock_texts, stock)]
             ratios = [f"{ours / rate:.3f}" if ours and rate else "" for rate in (texts, stock)]
-            cells = "".join(f"{cell:>12}" for cell in rates + ratios)
+            cells = "".join(f"{cell:>13}" for cell in rates + ratios)
             print(f"{case:<16}{measured:<26}{cells}")
 
 

@@ -2,6 +2,7 @@
 
     python benchmark/bench_clients.py --clients 100 200 --out FILE      a tiny model, on any machine
     python benchmark/bench_clients.py --model PATH --out FILE -- --load-format dummy
+    python benchmark/bench_clients.py --model PATH --clients 500 --case classify ...
 
 Nobody knows the batch beforehand here: every client sends the next prompt of a common, shuffled
 list once its last answer is there. Counted are the forward steps that the server takes, prompt
@@ -27,7 +28,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from batches import Case
+from batches import CASES, Case
 from processes import results_of
 from results_file import ResultFile, Row
 from steps import Step, read_steps, record_steps
@@ -40,12 +41,17 @@ ROUNDS = 8
 """Requests of each client."""
 
 
-def case_of(clients: int) -> Case:
-    """Groups of eight; lengths of outputs differ, so that clients do not go in step."""
+def case_of(clients: int, name: str | None) -> Case:
+    """Groups of eight, with outputs of different lengths, so that clients do not go in step; or a
+    case of batches.py."""
+    if name is not None:
+        return replace(CASES[name], name=f"{clients} clients, {name}")
     return Case(f"{clients} clients", clients * ROUNDS, 8, 200, 20, 16, longest_output=64)
 
 
-def run_side(flags: list[str], side: str, clients: Sequence[int]) -> Iterator[Row]:
+def run_side(
+    flags: list[str], side: str, clients: Sequence[int], name: str | None
+) -> Iterator[Row]:
     """Serve every case on one side; a row per case."""
     steps_file = Path(tempfile.mkdtemp()) / "steps"
     with socket.socket() as probe:
@@ -56,7 +62,7 @@ def run_side(flags: list[str], side: str, clients: Sequence[int]) -> Iterator[Ro
     with contextlib.closing(server):
         vocabulary = next(server)
         for count in clients:
-            case = case_of(count)
+            case = case_of(count, name)
             url = f"http://127.0.0.1:{port}"
             started, seconds, answers = asyncio.run(measure(url, case, count, vocabulary))
             ran = [step for step in read_steps(steps_file) if step.start >= started]
@@ -139,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a model folder, instead of a tiny random one")
     parser.add_argument("--clients", nargs="+", type=int, default=[100, 200])
+    parser.add_argument("--case", choices=list(CASES), help="what they ask, instead of eights")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--out", type=Path, help="put the rows into this file")
     parser.add_argument("flags", nargs="*", metavar="FLAG")
@@ -153,7 +160,7 @@ def main() -> None:
         flags += ["--dtype", "float32", "--max-total-tokens", "400000"]
     rows = ResultFile(args.out, ("case", "side"))
     for side in args.sides:
-        for row in run_side(["--model-path", str(model), *flags], side, args.clients):
+        for row in run_side(["--model-path", str(model), *flags], side, args.clients, args.case):
             print(json.dumps(rows.add(row)), flush=True)
 
 

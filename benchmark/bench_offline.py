@@ -9,7 +9,8 @@ every case twice, prompts shuffled and prompts sorted by group, and is quoted at
 Whatever is not named here is as SGLang has it by default, on every side: prefill runs in CUDA
 graphs where SGLang does that. FILE keeps what other commands have put there of other cases, sides
 and orders, and is written after each run. `--load-format dummy` takes random weights: outputs are
-meaningless and cost the same.
+meaningless and cost the same. `--options '{"dp_size": 2}'` runs two replicas, `tp_size` puts the
+model on two GPUs; a row's floor is that of one GPU, always.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, 
     }
     shape = ModelShape.of(json.loads((Path(model) / "config.json").read_text()))
     floors = {case.name: case.requests / floor(case, shape).seconds for case in cases}
-    file = ResultFile(args.out, ("case", "side", "order"))
+    file = ResultFile(args.out, ("model", "engine_options", "case", "side", "order"))
+    about = {"model": Path(args.model).name, "engine_options": args.options}
     results: list[dict[str, Any]] = []
     recorded: list[dict[str, Any]] = []
     for kv_tokens in dict.fromkeys(case.kv_tokens for case in cases):
@@ -146,7 +148,7 @@ def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, 
                     args.steps.write_text(json.dumps(recorded))
                     del result["steps"]
                 result["floor_requests_per_second"] = floors[result["case"]]
-                results.append(file.add({**result, "engine_options": args.options}))
+                results.append(file.add({**about, **result}))
                 print(json.dumps(results[-1]), flush=True)
     return results
 

@@ -75,7 +75,9 @@ def origin() -> dict[str, str]:
 def _device() -> str:
     """The GPUs, or the processor where there is none. Asks no CUDA context of this process."""
     try:
-        names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+        query = ["--query-gpu=name", "--format=csv,noheader"]
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")  # which nvidia-smi does not ask
+        names = _output("nvidia-smi", *query, *(["-i", seen] if seen else [])).splitlines()
         return " + ".join(names)
     except (OSError, subprocess.CalledProcessError):
         pass
