@@ -23,7 +23,8 @@ class Prepared:
 
 class Front:
     """Answers each request with its text once it was sent. "late" ones are prepared only when all
-    that was sent is answered, as behind a weight update. sent: the texts of each message."""
+    that was sent is answered, as behind a weight update; "slow" ones are worked on one after
+    the other. sent: the texts of each message."""
 
     def __init__(self, delay: float = 0.0):
         self.sent: list[list[str]] = []
@@ -32,6 +33,7 @@ class Front:
         self.released: list[dict[int, bool] | None] = []
         self.cancelled: list[str] = []
         self.answered = asyncio.Event()
+        self.preparing = 0
         self._delay = delay
         self._sent = asyncio.Event()
 
@@ -51,6 +53,10 @@ class Front:
         try:
             if text == "late":
                 await self.answered.wait()
+            if text.startswith("slow"):
+                self.preparing += 1
+                await asyncio.sleep(0.1 * int(text[5:]))
+                self.preparing -= 1
             take(Prepared(rid, text))
             while not any(text in message for message in self.sent):
                 self._sent.clear()
@@ -71,6 +77,9 @@ class Front:
 
     def release(self, batch: str, programs: dict[int, bool] | None = None) -> None:
         self.released.append(programs)
+
+    def is_preparing(self) -> bool:
+        return self.preparing > 0
 
     async def expect_many(self) -> None:
         await asyncio.sleep(self._delay)
@@ -157,6 +166,19 @@ def test_what_is_ready_does_not_wait_for_what_is_kept():
             [("once", 1)],
         ]
         await open_handover.abandon()
+
+    asyncio.run(main())
+
+
+def test_slow_work_does_not_cut_a_list(monkeypatch: pytest.MonkeyPatch):
+    """Requests are planned together though each takes longer than others may be quiet."""
+    monkeypatch.setattr(handover, "QUIET_SECONDS", 0.02)
+
+    async def main() -> None:
+        front = Front()
+        texts = [f"slow {i}" for i in range(4)]
+        assert len(await run(Registry(front), b"".join(map(line, texts)))) == len(texts)
+        assert front.sent == [texts]
 
     asyncio.run(main())
 

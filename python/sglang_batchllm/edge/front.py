@@ -73,6 +73,7 @@ class Front:
 
     def __init__(self, manager: BatchLLMTokenizerManager):
         self._manager: BatchLLMTokenizerManager = weakref.proxy(manager)
+        self._converting = 0
 
     def read(self, url: str, body: object) -> GenerateReqInput | openai.Asked:
         if url != GENERATE:
@@ -103,7 +104,12 @@ class Front:
         manager.taking[rid] = take
         try:
             if isinstance(request, openai.Asked):
-                return await request.answer(rid)
+                self._converting += 1
+                try:
+                    converted = await request.converted()
+                finally:
+                    self._converting -= 1
+                return await converted.answer(rid)
             request.rid = rid
             *_, result = [each async for each in manager.generate_request(request)]
             return Reply(200, _essence(result))
@@ -133,6 +139,9 @@ class Front:
         if programs is None and self._manager.replicas is not None:
             self._manager.replicas.forget(batch)
         self._manager._dispatch_to_scheduler(ReleaseTexts(batch=batch, programs=programs))
+
+    def is_preparing(self) -> bool:
+        return self._converting > 0
 
     async def expect_many(self) -> None:
         await self._manager.expect_many()

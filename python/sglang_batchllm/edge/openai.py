@@ -32,6 +32,9 @@ _HANDLERS = {
 }
 """What FastAPI checks the body of each URL with, and where SGLang's server keeps its handler."""
 
+_RAW_REQUEST: Any = None
+"""Of HTTP: the hand-over's is no request of these endpoints."""
+
 _rid: ContextVar[str | None] = ContextVar("rid", default=None)
 
 
@@ -42,12 +45,15 @@ class Asked:
     request: Any
     handler: Any
 
+    async def converted(self) -> Asked:
+        """The same, with what can be done beside the event loop done."""
+        handler = await seam.convert_off_loop(self.handler, self.request, _RAW_REQUEST)
+        return Asked(self.request, handler)
+
     async def answer(self, rid: str) -> Reply:
         """rid: of the request that reaches the front end. In a task of its own."""
-        raw_request: Any = None  # the hand-over's is no request of this endpoint
-        handler = await seam.convert_off_loop(self.handler, self.request, raw_request)
         _rid.set(rid)
-        answer = await handler.handle_request(self.request, raw_request)
+        answer = await self.handler.handle_request(self.request, _RAW_REQUEST)
         if isinstance(answer, Response):
             return Reply(answer.status_code, orjson.loads(bytes(answer.body)))
         if isinstance(answer, BaseModel):

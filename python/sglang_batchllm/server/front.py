@@ -54,6 +54,10 @@ class FrontEnd(Protocol):
         """See `messages.ReleaseTexts`."""
         ...
 
+    def is_preparing(self) -> bool:
+        """Whether it works on requests that are not prepared. Not so while it only keeps them."""
+        ...
+
     async def expect_many(self) -> None:
         """Many requests are about to come."""
         ...

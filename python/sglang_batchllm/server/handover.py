@@ -23,9 +23,9 @@ TEXT_SLICE = 1 << 17
 SLICE = 256
 """Requests to start or to cancel before other work of the process gets its turn."""
 
-QUIET_SECONDS = 0.05
-"""Requests that are ready are sent without the others once none has become ready for this long."""
-
+QUIET_SECONDS = 0.25
+"""Requests that are ready are sent without the others once none has become ready for this long and
+none is worked on. What they share with those that come later may have been given up by then."""
 
 TURNS = 8
 """Of the event loop that a request needs, about, from its connection to the scheduler."""
@@ -171,7 +171,8 @@ class HandOver:
                     self._progress.wait(), QUIET_SECONDS if self._prepared else None
                 )
             except TimeoutError:
-                await self._send()
+                if not self._front.is_preparing():
+                    await self._send()
         await self._send()
 
     async def _send(self) -> None:
