@@ -47,7 +47,7 @@ def _end_as_drawn() -> None:
     from sglang.srt.managers.schedule_batch import Req
 
     find_ending = Req.update_finish_state
-    drawn: dict[int, Iterator[int]] = {}  # of the samples of a prompt
+    drawn: dict[tuple[int, tuple[int, ...]], Iterator[int]] = {}  # of the samples of a prompt
 
     def length_of(req: Any) -> int | None:
         params = req.sampling_params.custom_params or {}
@@ -57,7 +57,8 @@ def _end_as_drawn() -> None:
         if len(lengths) == 1:
             return lengths[0]
         if not hasattr(req, "drawn_length"):
-            turn = drawn.setdefault(params[_PROMPT], itertools.cycle(lengths))
+            key = params[_PROMPT], tuple(lengths)
+            turn = drawn.setdefault(key, itertools.cycle(lengths))
             req.drawn_length = next(turn)
         return req.drawn_length
 

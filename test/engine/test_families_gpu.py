@@ -58,6 +58,7 @@ def run(model: str, options: dict[str, Any], path: Path, pipe: Any) -> None:
         mem_fraction_static=0.4,
         max_total_tokens=60_000,
         disable_prefill_cuda_graph=True,
+        cuda_graph_bs_decode=[1, 16, 64, 256],  # each takes a second, and all are 68
         **{"moe_runner_backend": "triton", **options},  # others compile for minutes
     )
     try:
