@@ -1,0 +1,57 @@
+"""Tensor parallelism on CPUs: two ranks, each with a plan of its own, answer as one does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines import AMPLE
+from processes import results_of
+from prompts import distinct_tokens, mixed_batch
+from test_scoring import asks, computed, same, scored_batch
+
+SAMPLING = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+
+
+def batches() -> list[dict[str, Any]]:
+    """Logprobs differ in their last digits, as sums are of two parts; that of a tie could, too."""
+    scored = scored_batch(150)
+    return [
+        {"input_ids": mixed_batch(150), "sampling_params": SAMPLING},
+        {"input_ids": scored, "sampling_params": SAMPLING} | asks(scored, with_ids=False),
+    ]
+
+
+def run(model: str, options: dict[str, Any], pipe: Any) -> None:
+    """In a process of its own: the answers to each batch."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    engine = Engine(model_path=model, dtype="float32", max_total_tokens=AMPLE, **options)
+    try:
+        answers = []
+        for batch in batches():
+            engine.flush_cache()
+            answers.append(engine.generate(**batch))
+        pipe.send(answers)
+    finally:
+        engine.shutdown()
+
+
+def test_two_ranks_share_and_score_as_one(tiny_model: Path) -> None:
+    (stock,) = results_of(run, str(tiny_model), {})
+    cores = sorted(os.sched_getaffinity(0))
+    with pytest.MonkeyPatch.context() as patch:
+        # SGLang wants a core named for each rank, and takes NCCL wherever it is installed.
+        patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+        patch.setenv("SGLANG_NCCL_SO_PATH", "none")
+        parallel = {"tp_size": 2, "batchllm": True, "chunked_prefill_size": 96}
+        (ours,) = results_of(run, str(tiny_model), parallel)
+    for batch, mine, theirs in zip(batches(), ours, stock, strict=True):
+        assert [one["output_ids"] for one in mine] == [one["output_ids"] for one in theirs]
+        for one, other in zip(mine, theirs, strict=True):
+            logprobs = other["meta_info"].get("input_token_logprobs")
+            assert same(one["meta_info"].get("input_token_logprobs"), logprobs)
+        assert computed(mine) == distinct_tokens(batch["input_ids"])
