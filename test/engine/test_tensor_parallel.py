@@ -48,6 +48,7 @@ def test_two_ranks_share_and_score_as_one(tiny_model: Path) -> None:
         patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
         patch.setenv("SGLANG_NCCL_SO_PATH", "none")
         parallel = {"tp_size": 2, "batchllm": True, "chunked_prefill_size": 96}
+        parallel["log_level"] = "debug"  # each rank checks that all would prefill the same
         (ours,) = results_of(run, str(tiny_model), parallel)
     for batch, mine, theirs in zip(batches(), ours, stock, strict=True):
         assert [one["output_ids"] for one in mine] == [one["output_ids"] for one in theirs]

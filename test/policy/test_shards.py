@@ -18,6 +18,7 @@ def state(*lists: dict[str, Any], **total: Any) -> dict[str, Any]:
         "running": [one for one in lists if one["ended"] is None],
         "logprob_bytes": {"now": 1, "peak": 2},
         "kv_tokens": {"total": 100, "free": 90},
+        "rank_messages": 3,
     }
     return {"batchllm_report": report}
 
@@ -42,6 +43,7 @@ def test_shards_of_a_list_are_one_list():
     assert report["kv_tokens"] == {"total": 200, "free": 180}
     assert report["logprob_bytes"] == {"now": 2, "peak": 4}
     assert report["replicas"] == 2
+    assert report["rank_messages"] == 6
 
 
 def test_a_list_runs_until_its_last_piece_has_ended():

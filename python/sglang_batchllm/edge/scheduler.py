@@ -6,11 +6,11 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import filterfalse
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ScheduleBatch
-from sglang.srt.utils import broadcast_pyobj, print_warning_once
+from sglang.srt.utils import print_warning_once
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_batchllm.attention import GroupTable, get_group_table
@@ -25,6 +25,7 @@ from sglang_batchllm.edge.names import ATTENTION_BACKEND
 from sglang_batchllm.edge.packing import PackedList, unpacked
 from sglang_batchllm.edge.part_line import PartLine
 from sglang_batchllm.edge.queue_index import QueueIndex, without
+from sglang_batchllm.edge.ranks import Ranks
 from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
 from sglang_batchllm.edge.sliding import Sliding
 from sglang_batchllm.policy.core import BatchPolicy
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from sglang_batchllm.edge.seams.v0_5_17 import scheduler as seam
 else:
     seam = seams.load("scheduler")
-
-T = TypeVar("T")
 
 SNAPSHOT_SECONDS = 1.0
 """How old the load that others see may be while a long queue waits."""
@@ -92,7 +91,10 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         )
         self._sliding = None if self._cache.window is None else Sliding(self._cache)
         self._keeps_states = limits.windows is not None and limits.windows.recurrent
-        self._policy = self._cache.policy = BatchPolicy(self._cache, limits, self._agree)
+        debug = self.server_args.log_level.lower() == "debug"
+        group: Any = self.tp_group
+        self._ranks = Ranks(group.ranks, group.rank, group.cpu_group, checks=debug)
+        self._policy = self._cache.policy = BatchPolicy(self._cache, limits, self._ranks.agree)
         self._group_table: GroupTable | None = None
         if resolved(self.server_args).decode_attention_backend == ATTENTION_BACKEND:
             self._group_table = get_group_table(self.req_to_token_pool)
@@ -243,6 +245,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         if self._sliding is not None:
             self._sliding.behind_chunk(self.chunked_req)
         decision = self._policy.choose(self._view(running_batch))
+        self._ranks.assert_same([req.rid for req in decision.requests])
         if self._group_table is not None and decision.regrouped:
             self._enter_groups(self._group_table, decision.regrouped)
         running_batch.batch_is_full = decision.full
@@ -368,14 +371,6 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         if self.is_fully_idle():
             self._garbage.sweep_if_due()
 
-    def _agree(self, decision: T) -> T:
-        """The decision of the first rank; clocks differ between ranks, batches must not."""
-        if self.tensor_parallel_size == 1:
-            return decision
-        return broadcast_pyobj(
-            [decision], self.tp_group.rank, self.tp_cpu_group, src=self.tp_group.ranks[0]
-        )[0]
-
     # The report
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> GetInternalStateReqOutput:
@@ -387,7 +382,8 @@ class BatchLLMScheduler(seam.QueueingScheduler):
                 "evictable": self._cache.evictable_size(),
                 "pinned": self._policy.pinned_tokens,
                 "held": self._policy.texts.tokens,
-            }
+            },
+            "rank_messages": self._ranks.messages,
         }
         windows = self._cache.window_pool()
         if windows is not None:

@@ -54,6 +54,7 @@ def merged(reports: Sequence[Facts]) -> Facts:
         "running": [one for one in lists if one["ended"] is None],
         "logprob_bytes": _added([report["logprob_bytes"] for report in reports]),
         "kv_tokens": _added([report["kv_tokens"] for report in reports]),
+        "rank_messages": sum(report["rank_messages"] for report in reports),
         "replicas": len(reports),
     }
 

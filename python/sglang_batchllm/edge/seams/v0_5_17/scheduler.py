@@ -66,10 +66,6 @@ class QueueingScheduler(Scheduler):
         finally:
             allocator.free_group_end()
 
-    @property
-    def tensor_parallel_size(self) -> int:
-        return self.ps.tp_size
-
 
 def _ends(req: Req) -> bool:
     """Whether the next token is the request's last, unless its prompt goes on."""

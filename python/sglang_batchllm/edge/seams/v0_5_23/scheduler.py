@@ -7,7 +7,6 @@ from collections.abc import Collection
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
-from sglang.srt.runtime_context import get_parallel
 
 
 class QueueingScheduler(Scheduler):
@@ -27,10 +26,6 @@ class QueueingScheduler(Scheduler):
     def places(self, running_batch: ScheduleBatch) -> int:
         """Requests that may join those that run."""
         return self.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
-
-    @property
-    def tensor_parallel_size(self) -> int:
-        return get_parallel().tp_size
 
 
 def computed(req: Req) -> int:
