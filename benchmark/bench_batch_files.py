@@ -61,7 +61,7 @@ class Case:
 
 
 SHORT = [Case("instructions and items", n, 200, 30, 12) for n in (10_000, 100_000, 1_000_000)]
-LARGE = Case("documents of 16 requests", 500_000, 31_250, 1_100, 60)
+LARGE = Case("documents of 16 requests", 720_000, 45_000, 1_100, 60)
 
 
 def make_words(folder: Path) -> list[str]:
