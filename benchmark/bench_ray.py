@@ -4,10 +4,11 @@
     python benchmark/bench_ray.py --model PATH --out FILE       a GPU for each
 
 Rows are questions about documents, shuffled. Everything of Ray's has its default: batches of 32
-rows, eight of them in a replica at a time. Each side runs in a process and a Ray of its own. Tokens
-are what SGLang says of each request (`--export-metrics-to-file`). `seconds` is from the first that
-reaches an engine to the last that is answered, `job_seconds` has Ray's and the engines' start in
-it, too.
+rows, eight of them in a replica at a time. Each side runs in a process and a Ray of its own.
+`seconds` is from the first row that reaches an engine to the last that SGLang exported as answered
+(`--export-metrics-to-file`; Ray ends an actor at once after its last row, and some of the last may
+miss that), `job_seconds` has Ray's and the engines' start in it, too. Cached tokens are in our
+rows; Ray's don't have them, and there all must have been exported.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ORDER = "order"
 def run_side(
     side: str, model: Path, bodies: list[Body], replicas: int, gpus: bool, options: Row, pipe: Any
 ) -> None:
-    """Sends the job's seconds, the texts in the order of the rows, and what SGLang exported."""
+    """Sends the job's seconds, the answers in the order of the rows, and what SGLang exported."""
     import ray
     from ray.data.llm import SGLangEngineProcessorConfig, build_processor
 
@@ -50,13 +51,19 @@ def run_side(
         processor = build_processor(
             kind(model_source=str(model), concurrency=replicas, engine_kwargs=options),
             preprocess=lambda row: row,
-            postprocess=lambda row: {ORDER: row[ORDER], "text": row["generated_text"]},
+            postprocess=lambda row: {
+                ORDER: row[ORDER],
+                "text": row["generated_text"],
+                "prompt_tokens": row["num_input_tokens"],
+                "output_tokens": row["num_generated_tokens"],
+                "cached_tokens": row.get("num_cached_tokens"),
+            },
         )
         started = time.perf_counter()
         rows = processor(ray.data.from_items(rows_of(bodies)))
-        texts = {row[ORDER]: row["text"] for row in rows.take_all()}
+        answers = {row[ORDER]: row for row in rows.take_all()}
         seconds = time.perf_counter() - started
-    pipe.send((seconds, [texts[i] for i in range(len(bodies))], exported))
+    pipe.send((seconds, [answers[i] for i in range(len(bodies))], exported))
 
 
 @contextmanager
@@ -103,16 +110,22 @@ def rows_of(bodies: list[Body]) -> list[Row]:
     ]
 
 
-def figures(seconds: float, exported: list[tuple[float, Row]]) -> Row:
+def figures(seconds: float, answers: list[Row], exported: list[tuple[float, Row]]) -> Row:
+    """Raises ValueError if what was cached is not known of all."""
     begun = min(at - fact["e2e_latency"] for at, fact in exported)
     ended = max(at for at, _ in exported)
-    facts = [fact for _, fact in exported]
-    prompt_tokens = sum(fact["prompt_tokens"] for fact in facts)
+    cached = [answer["cached_tokens"] for answer in answers]
+    if None in cached:
+        cached = [fact["cached_tokens"] for _, fact in exported]
+    if len(cached) != len(answers):
+        raise ValueError(f"of {len(answers)} requests {len(cached)} were exported")
+    prompt_tokens = sum(answer["prompt_tokens"] for answer in answers)
     return {
-        "rows": len(facts),
+        "rows": len(answers),
+        "exported": len(exported),
         "prompt_tokens": prompt_tokens,
-        "computed_tokens": prompt_tokens - sum(fact["cached_tokens"] for fact in facts),
-        "output_tokens": sum(fact["completion_tokens"] for fact in facts),
+        "computed_tokens": prompt_tokens - sum(cached),
+        "output_tokens": sum(answer["output_tokens"] for answer in answers),
         "seconds": round(ended - begun, 2),
         "job_seconds": round(seconds, 2),
     }
@@ -165,12 +178,12 @@ def main() -> None:
             for side in args.sides:
                 common = (args.replicas, args.model is not None, options | memory)
                 (found,) = results_of(run_side, side, model, bodies, *common)
-                seconds, texts, exported = found
-                assert len(exported) == len(bodies), "some request was not exported"
+                seconds, answers, exported = found
+                texts = [answer["text"] for answer in answers]
                 said.append(texts)
                 row = {"case": case.name, "replicas": args.replicas, "kv_tokens": kv, "side": side}
                 same = sum(a == b for a, b in zip(said[0], texts, strict=True))
-                row |= {"distinct_tokens": distinct, **figures(seconds, exported)}
+                row |= {"distinct_tokens": distinct, **figures(seconds, answers, exported)}
                 row |= {f"same_texts_as_{args.sides[0]}": same}
                 print(json.dumps(file.add(row)), flush=True)
 
