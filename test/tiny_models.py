@@ -35,15 +35,13 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 class Family(NamedTuple):
     """kind, config: the ``model_type`` of transformers, and what the tiny model's configuration
     says beside its sizes. options: that an engine needs to run it on a CPU. windowed: SGLang has a
-    pool of its own for the sliding-window layers. recurrent: some layers keep a state instead.
-    on_cpu: a CPU has all that SGLang's model needs."""
+    pool of its own for the sliding-window layers. recurrent: some layers keep a state instead."""
 
     kind: str
     config: Mapping[str, Any]
     options: Mapping[str, Any]
     windowed: bool = False
     recurrent: bool = False
-    on_cpu: bool = True
 
 
 FAMILIES = {
@@ -110,28 +108,6 @@ FAMILIES = {
         recurrent=True,
     ),
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "sliding_window": None}, {}),
-    "DeepSeek-V2": Family(
-        "deepseek_v2",
-        {
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 512,  # as SGLang's kernels take it
-            "q_lora_rank": None,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
-            "topk_method": "greedy",
-            "n_group": 1,
-            "topk_group": 1,
-            "norm_topk_prob": False,
-        },
-        {},
-        on_cpu=False,
-    ),
 }
 
 

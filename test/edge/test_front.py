@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from sglang_batchllm.edge.front import Front
+from sglang_batchllm.edge.front import BatchLLMTokenizerManager, Front
+from sglang_batchllm.edge.openai import Asked
 from sglang_batchllm.wire.lines import Reply
 
 META = {"id": "an id", "finish_reason": {"type": "length", "length": 2}}
@@ -21,6 +22,7 @@ class Manager:
 
     def __init__(self, *results: Any):
         self.taking: dict[str, Any] = {}
+        self.converting: set[str] = set()
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self._results = results
 
@@ -72,3 +74,45 @@ def test_what_fails_is_not_taken_any_more():
     with pytest.raises(ValueError, match="too long"):
         answer(manager)
     assert not manager.taking
+
+
+class Handler:
+    """Makes no request of a chat before it may, and fails then if it has none."""
+
+    def __init__(self, made: GenerateReqInput | None):
+        self.made = made
+        self.may = asyncio.Event()
+
+    def _validate_request(self, request: Any) -> str:
+        return "nothing to convert beside the event loop"
+
+    async def handle_request(self, request: Any, raw_request: Any) -> Any:
+        await self.may.wait()
+        if self.made is None:
+            raise ValueError("no such template")
+        manager.generate_request(self.made)  # whose body does not run before it is awaited
+        await asyncio.Event().wait()
+
+
+manager: Any = object.__new__(BatchLLMTokenizerManager)
+manager.taking, manager.converting = {}, set()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_chat_is_worked_on_until_it_is_a_request_of_generate(fails: bool):
+    async def main() -> None:
+        front = Front(manager)
+        handler = Handler(None if fails else GenerateReqInput(text="a prompt"))
+        task = asyncio.create_task(front.answer(Asked({}, handler), "hand-over's", print))
+        await asyncio.sleep(0.01)
+        assert front.is_preparing()
+        handler.may.set()
+        await asyncio.sleep(0.01)
+        assert not front.is_preparing()
+        assert task.done() is fails
+        task.cancel()
+        await asyncio.wait([task])
+        if handler.made is not None:
+            assert handler.made.rid == "hand-over's"
+
+    asyncio.run(main())

@@ -85,13 +85,7 @@ def test_a_family_decodes_as_exactly_as_in_stock_sglang(family: str, tmp_path: P
     options = dict(FAMILIES[family].options)
     rms = {}
     for side in ("ours", "stock"):
-        flags: dict[str, Any] = {}
-        if side == "ours":
-            decode = documented()[family]["Decode"]
-            flags = {
-                "batchllm": True,
-                "batchllm_attention": "native" if decode == "none" else "fused",
-            }
+        flags = {"batchllm": True, "batchllm_attention": "fused"} if side == "ours" else {}
         ((found, computed),) = results_of(
             run, str(model), options | flags, tmp_path / f"logprobs-{side}"
         )

@@ -25,7 +25,6 @@ from prompts import distinct_tokens
 from tiny_models import FAMILIES, make_model
 
 SCARCE = {"max_total_tokens": 400, "chunked_prefill_size": CHUNK}
-ON_CPU = [name for name, family in FAMILIES.items() if family.on_cpu]
 RECURRENT = [name for name, family in FAMILIES.items() if family.recurrent]
 WINDOWED = [name for name, family in FAMILIES.items() if family.windowed]
 FUSED = {"batchllm": True, "batchllm_attention": "fused"}
@@ -43,7 +42,7 @@ CASES = [
         ),
     )
     for family, options, name in (
-        *((family, SCARCE, family) for family in ON_CPU),
+        *((family, SCARCE, family) for family in FAMILIES),
         *((family, FEW, f"{family}, few") for family in WINDOWED),
         *((family, FEW_STATES, f"{family}, few") for family in RECURRENT),
         *((family, {"max_total_tokens": AMPLE}, f"{family}, ample") for family in WINDOWED[-1:]),
@@ -64,7 +63,7 @@ def documented() -> dict[str, dict[str, str]]:
 
 
 def test_what_the_document_calls_tested_is_tested() -> None:
-    assert [family for family, row in documented().items() if row["CPU"] == "yes"] == ON_CPU
+    assert [family for family, row in documented().items() if row["CPU"] == "yes"] == [*FAMILIES]
 
 
 @pytest.fixture(scope="module")

@@ -43,10 +43,13 @@ class BatchLLMTokenizerManager(ListIntake):
     def __init__(self, server_args: ServerArgs, port_args: PortArgs, **options: Any):
         super().__init__(server_args, port_args, **options)
         self.taking: dict[str, Callable[[Any], None]] = {}  # by request id
+        self.converting: set[str] = set()  # ids of chats in threads of SGLang's or ours
         self.registry = Registry(Front(self))
 
     def generate_request(self, obj: Any, request: Any = None) -> Any:
-        openai.claim(obj)
+        rid = openai.claim(obj)
+        if rid is not None:
+            self.converting.discard(rid)
         return super().generate_request(obj, request)
 
     def due(self, tokenized: Any) -> list[Any]:
@@ -73,7 +76,6 @@ class Front:
 
     def __init__(self, manager: BatchLLMTokenizerManager):
         self._manager: BatchLLMTokenizerManager = weakref.proxy(manager)
-        self._converting = 0
 
     def read(self, url: str, body: object) -> GenerateReqInput | openai.Asked:
         if url != GENERATE:
@@ -104,17 +106,14 @@ class Front:
         manager.taking[rid] = take
         try:
             if isinstance(request, openai.Asked):
-                self._converting += 1
-                try:
-                    converted = await request.converted()
-                finally:
-                    self._converting -= 1
-                return await converted.answer(rid)
+                manager.converting.add(rid)
+                return await request.answer(rid)
             request.rid = rid
             *_, result = [each async for each in manager.generate_request(request)]
             return Reply(200, _essence(result))
         finally:
             manager.taking.pop(rid, None)
+            manager.converting.discard(rid)
 
     async def send(
         self,
@@ -141,7 +140,7 @@ class Front:
         self._manager._dispatch_to_scheduler(ReleaseTexts(batch=batch, programs=programs))
 
     def is_preparing(self) -> bool:
-        return self._converting > 0
+        return bool(self._manager.converting)
 
     async def expect_many(self) -> None:
         await self._manager.expect_many()

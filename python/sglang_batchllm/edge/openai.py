@@ -32,9 +32,6 @@ _HANDLERS = {
 }
 """What FastAPI checks the body of each URL with, and where SGLang's server keeps its handler."""
 
-_RAW_REQUEST: Any = None
-"""Of HTTP: the hand-over's is no request of these endpoints."""
-
 _rid: ContextVar[str | None] = ContextVar("rid", default=None)
 
 
@@ -45,15 +42,12 @@ class Asked:
     request: Any
     handler: Any
 
-    async def converted(self) -> Asked:
-        """The same, with what can be done beside the event loop done."""
-        handler = await seam.convert_off_loop(self.handler, self.request, _RAW_REQUEST)
-        return Asked(self.request, handler)
-
     async def answer(self, rid: str) -> Reply:
         """rid: of the request that reaches the front end. In a task of its own."""
+        raw_request: Any = None  # the hand-over's is no request of this endpoint
+        handler = await seam.convert_off_loop(self.handler, self.request, raw_request)
         _rid.set(rid)
-        answer = await self.handler.handle_request(self.request, _RAW_REQUEST)
+        answer = await handler.handle_request(self.request, raw_request)
         if isinstance(answer, Response):
             return Reply(answer.status_code, orjson.loads(bytes(answer.body)))
         if isinstance(answer, BaseModel):
@@ -88,9 +82,11 @@ def validated(adapter: TypeAdapter[T], body: object) -> T:
         ) from None
 
 
-def claim(request: Any) -> None:
-    """A request that an endpoint of OpenAI's has made in the task of a hand-over takes its id."""
+def claim(request: Any) -> str | None:
+    """A request that an endpoint of OpenAI's has made in the task of a hand-over takes that one's
+    id, which is returned."""
     rid = _rid.get()
     if rid is not None:
         _rid.set(None)
         request.rid = rid
+    return rid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -30,11 +30,12 @@ class Ranks:
         self.messages += 1
         return broadcast_pyobj([decision], self._own, self._group, src=self._ranks[0])[0]
 
-    def assert_same(self, chosen: Sequence[str]) -> None:
+    def assert_same(self, chosen: Iterable[str]) -> None:
         """Raises RuntimeError on all ranks where they have not chosen the same requests, with which
         they would wait for each other for ever. Costs eight bytes a rank, and a round."""
         if not self._checks:
             return
+        chosen = list(chosen)
         digest = torch.tensor([zlib.crc32("\n".join(chosen).encode())])
         digests = [torch.empty_like(digest) for _ in self._ranks]
         torch.distributed.all_gather(digests, digest, group=self._group)
@@ -42,6 +43,6 @@ class Ranks:
         if others:
             raise RuntimeError(
                 f"ranks {others} would prefill other requests than rank {self._ranks[0]}, this one "
-                f"(rank {self._own}) {list(chosen[:4])} and so on, {len(chosen)} in all: please "
+                f"(rank {self._own}) {chosen[:4]} and so on, {len(chosen)} in all: please "
                 "report it with the requests that were sent"
             )

@@ -245,7 +245,7 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         if self._sliding is not None:
             self._sliding.behind_chunk(self.chunked_req)
         decision = self._policy.choose(self._view(running_batch))
-        self._ranks.assert_same([req.rid for req in decision.requests])
+        self._ranks.assert_same(req.rid for req in decision.requests)
         if self._group_table is not None and decision.regrouped:
             self._enter_groups(self._group_table, decision.regrouped)
         running_batch.batch_is_full = decision.full
