@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from batches import CASES, Case
-from processes import engine_of, results_of
+from processes import engine_of, flush, results_of
 from results_file import ResultFile, Row
 from servers import Usage, ask_all, encoded, flush_cache, session, starting, usage_of
 from texts import Body, batch_lines, chat_bodies, make_prompts, model_and_flags, shrunk
@@ -114,7 +114,7 @@ def run_texts(setup: Setup, cases: Sequence[Case], flags: list[str], pipe: Any) 
                 places = places_in(order, bodies)
                 texts = prompts([bodies[place] for place in places])
                 for run in range(setup.runs):
-                    engine.flush_cache()
+                    flush(engine)
                     started = time.perf_counter()
                     results = engine.generate(texts, sampling)
                     seconds = time.perf_counter() - started
@@ -159,7 +159,7 @@ def batch_file_side(setup: Setup, cases: Sequence[Case]) -> Iterator[Result]:
         for case, warm_up, file in files:
             run_command(warm_up, server.url)
             for run in range(setup.runs):
-                asyncio.run(flush(server.url))
+                asyncio.run(flush_server(server.url))
                 row, usages = run_command(file, server.url)
                 yield case, {"order": "shuffled", "run": run, **row}, usages
 
@@ -206,7 +206,7 @@ def stock_side(setup: Setup, cases: Sequence[Case]) -> Iterator[Result]:
             for order in setup.orders:
                 places = places_in(order, bodies)
                 for run in range(setup.runs):
-                    asyncio.run(flush(server.url))
+                    asyncio.run(flush_server(server.url))
                     seconds, answers = asyncio.run(
                         chat(server.url, [bodies[place] for place in places])
                     )
@@ -224,7 +224,7 @@ async def chat(url: str, bodies: Sequence[Body]) -> tuple[float, list[Usage]]:
     return seconds, [usage_of(json.loads(answer)) for answer in answers]
 
 
-async def flush(url: str) -> None:
+async def flush_server(url: str) -> None:
     async with session(url) as http:
         await flush_cache(http)
 

@@ -31,6 +31,7 @@ import numpy as np
 from batches import CASES, Case
 from processes import results_of
 from results_file import ResultFile, Row
+from servers import flush_cache
 from steps import Step, read_steps, record_steps
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -94,7 +95,7 @@ async def measure(
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as http:
         warm_up = replace(case, requests=clients // case.sharing_degree * case.sharing_degree)
         await run_clients(http, warm_up, clients, vocabulary, seed=1)
-        await http.post("/flush_cache")
+        await flush_cache(http)
         started = time.perf_counter()
         answers = await run_clients(http, case, clients, vocabulary, seed=0)
         return started, time.perf_counter() - started, answers

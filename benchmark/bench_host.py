@@ -25,7 +25,7 @@ from typing import Any
 
 from batches import CASES
 from bench_offline import ENGINE_OPTIONS
-from processes import in_scheduler, results_of, stock_scheduler
+from processes import flush, in_scheduler, results_of, stock_scheduler
 from results_file import ResultFile, Row
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -144,12 +144,12 @@ def run_side(
                 prompts = case.prompts(vocab_size)
                 if order == "grouped":
                     prompts.sort()
-                engine.flush_cache()
+                flush(engine)
                 front.seconds.clear()
                 started = time.perf_counter()
                 results = engine.generate(input_ids=prompts, sampling_params=sampling)
                 seconds = time.perf_counter() - started
-                engine.flush_cache()
+                engine.flush_cache()  # whether or not it is idle, for `flush_and_write`
                 stages = json.loads(path.read_text())
                 first_step = stages.pop("first_step") - started
                 infos = [result["meta_info"] for result in results]

@@ -26,7 +26,7 @@ from typing import Any
 
 from batches import CASES, Batch
 from endings import end_as_drawn, ending_after
-from processes import results_of
+from processes import flush, results_of
 from results_file import ResultFile
 from roofline import ModelShape, floor
 from shapes import SHAPES, model_folder
@@ -69,7 +69,7 @@ def run_side(
                     pairs.sort()
                 prompts = [prompt for prompt, _ in pairs]
                 samplings = [sampling_of(case, output, vocab_size) for _, output in pairs]
-                engine.flush_cache()
+                flush(engine)
                 started = time.perf_counter()
                 results = engine.generate(input_ids=prompts, sampling_params=samplings)
                 seconds = time.perf_counter() - started

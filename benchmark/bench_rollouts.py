@@ -22,7 +22,7 @@ from typing import Any
 from batches import Case
 from bench_offline import ENGINE_OPTIONS
 from endings import end_as_drawn, samples_ending_after
-from processes import results_of
+from processes import flush, results_of
 from results_file import ResultFile
 from texts import TINY_CONTEXT_LENGTH, TINY_VOCAB_SIZE, make_tiny_model
 
@@ -69,7 +69,7 @@ def run_side(options: dict[str, Any], rollouts: Rollouts, side: str, pipe: Any) 
                 samples_ending_after(ends, rollouts.limit, vocab_size - 1, prompt)
                 for prompt, ends in enumerate(lengths)
             ]
-            engine.flush_cache()
+            flush(engine)
             started = time.perf_counter()
             results = engine.generate(input_ids=prompts, sampling_params=sampling)
             seconds = time.perf_counter() - started

@@ -26,13 +26,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from batches import Case
-from processes import engine_of, results_of
+from processes import engine_of, flush, results_of
 from results_file import ResultFile, Row
 from servers import starting
 from texts import Prompts, make_prompts, model_and_flags
@@ -82,10 +83,10 @@ def run_side(side: str, model: Path, flags: list[str], case: Case, pipe: Any) ->
     inputs = make_inputs(side, model, make_prompts(case, model, seed=0))
     warm_up = make_inputs(side, model, make_prompts(case, model, seed=1))
     start = server if side in ("server", "stock") else engine
-    with start(side, flags, case) as (run, flush):
+    with start(side, flags, case) as (run, empty_cache):
         run({name: rows[: max(case.requests // 8, 2)] for name, rows in warm_up.items()})
         for number in range(RUNS):
-            flush()
+            empty_cache()
             FINISHED.clear()
             with watching_this_process() as seen:
                 started = time.perf_counter()
@@ -136,7 +137,7 @@ def engine(side: str, flags: list[str], case: Case) -> Iterator[tuple[Run, Calla
         ]
 
     try:
-        yield run_program(started, case) if side == "engine" else generate, started.flush_cache
+        yield run_program(started, case) if side == "engine" else generate, partial(flush, started)
     finally:
         started.shutdown()
 

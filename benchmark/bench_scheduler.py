@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from batches import Case
-from processes import results_of
+from processes import flush, results_of
 from results_file import ResultFile
 from steps import read_steps, record_steps
 
@@ -48,7 +48,7 @@ def run_side(model: str, side: str, requests: int, pipe: Any) -> None:
     try:
         sampling = {"temperature": 0, "max_new_tokens": BATCH.output, "ignore_eos": True}
         engine.generate(input_ids=prompts[:64], sampling_params=sampling)
-        engine.flush_cache()
+        flush(engine)
         started = time.perf_counter()
         engine.generate(input_ids=prompts, sampling_params=sampling)
         seconds = time.perf_counter() - started

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_offline import ENGINE_OPTIONS
-from processes import results_of
+from processes import flush, results_of
 from results_file import ResultFile
 
 SIDES: dict[str, dict[str, Any]] = {"batchllm": {"batchllm": True}, "stock": {}}
@@ -86,7 +86,7 @@ def run_side(
                 prompts = evaluation.prompts(vocab_size)
                 if order == "grouped":
                     prompts.sort()
-                engine.flush_cache()
+                flush(engine)
                 started = time.perf_counter()
                 results = engine.generate(input_ids=prompts, sampling_params=SAMPLING, **asked)
                 seconds = time.perf_counter() - started

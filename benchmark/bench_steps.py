@@ -17,7 +17,7 @@ from typing import Any
 
 from batches import Case
 from bench_offline import ENGINE_OPTIONS, SIDES
-from processes import results_of
+from processes import flush, results_of
 from results_file import ResultFile, Row
 from traces import STAGES, mean_step, wait_for_trace
 
@@ -42,7 +42,7 @@ def run_side(options: dict[str, Any], side: str, pipe: Any) -> None:
             prompts = case.prompts(vocab_size)
             sampling = {"temperature": 0, "max_new_tokens": case.output, "ignore_eos": True}
             engine.generate(input_ids=prompts, sampling_params=sampling)
-            engine.flush_cache()
+            flush(engine)
             with tempfile.TemporaryDirectory() as folder:
                 engine.start_profile(
                     output_dir=folder,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batches import CASES, Case
-from processes import results_of
+from processes import flush, results_of
 from results_file import ResultFile
 from tiny_model import make_tiny_model
 
@@ -56,7 +56,7 @@ def run(model: Path, kv_tokens: int, cases: list[Case], pipe: Connection) -> Non
             prompts, outputs = case.prompts(VOCABULARY), case.outputs()
             grouped = sorted(range(len(prompts)), key=prompts.__getitem__)
             for order, rows in (("shuffled", range(len(prompts))), ("grouped", grouped)):
-                engine.flush_cache()
+                flush(engine)
                 answers: Any = engine.generate(
                     input_ids=[prompts[row] for row in rows],
                     sampling_params=[

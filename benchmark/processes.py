@@ -49,6 +49,15 @@ def engine_of(flags: Sequence[str]) -> Any:
     return sglang.Engine(server_args=prepare_server_args([*flags]))
 
 
+def flush(engine: Any) -> None:
+    """Empty the cache of an engine once it is idle: answers may arrive while the scheduler still
+    has their requests in its hands, and it refuses to flush then. Raises RuntimeError if it never
+    is."""
+    flushed = engine.loop.run_until_complete(engine.tokenizer_manager.flush_cache(timeout_s=60))
+    if not flushed.success:
+        raise RuntimeError("the engine is still at work a minute after its last answer")
+
+
 def in_scheduler(engine_class: Any, prepare: Callable[..., None], *args: Any) -> None:
     """Engines made from `engine_class` from now on call `prepare(*args)` in the scheduler's process
     before it begins, and before what earlier calls have asked for. All must be picklable."""

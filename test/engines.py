@@ -12,6 +12,7 @@ from typing import Any
 
 import requests
 
+from processes import flush as flush_engine
 from processes import in_scheduler, stock_scheduler
 from sglang_batchllm.client.get_report import get_report
 
@@ -137,13 +138,11 @@ class Server:
 
 
 def flush(source: Any) -> None:
-    """Empty the cache of an engine or a `Server`, once it is idle: answers may arrive while the
-    scheduler still has their requests in its hands, and it refuses to flush then."""
+    """Empty the cache of an engine or a `Server`, once it is idle."""
     if isinstance(source, Server):
         source.post("/flush_cache?timeout=60", {}).raise_for_status()
-        return
-    flushed = source.loop.run_until_complete(source.tokenizer_manager.flush_cache(timeout_s=60))
-    assert flushed.success
+    else:
+        flush_engine(source)
 
 
 def wait_until_whole(source: Any, api_key: str | None = None, seconds: float = 30) -> dict:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from adapters import make_adapter
-from engines import AMPLE
+from engines import AMPLE, flush
 from processes import in_scheduler, results_of
 from prompts import distinct_tokens
 from test_scoring import asks, assert_same_logprobs, computed, scored_batch
@@ -51,7 +51,7 @@ def run(model: str, options: dict[str, Any], batches: list[dict[str, Any]], pipe
     )
     try:
         for batch in batches:
-            engine.flush_cache()
+            flush(engine)
             pipe.send(engine.generate(**batch))
     finally:
         engine.shutdown()

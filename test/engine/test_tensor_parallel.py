@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engines import AMPLE
+from engines import AMPLE, flush
 from processes import results_of
 from prompts import distinct_tokens, mixed_batch
 from test_scoring import asks, computed, same, scored_batch
@@ -33,7 +33,7 @@ def run(model: str, options: dict[str, Any], pipe: Any) -> None:
     try:
         answers = []
         for batch in batches():
-            engine.flush_cache()
+            flush(engine)
             answers.append(engine.generate(**batch))
         pipe.send(answers)
     finally:
