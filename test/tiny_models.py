@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tiny_model import train_tokenizer
@@ -29,19 +31,31 @@ _WINDOWS = {
     "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_STATES = {
+    "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2),
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 3,  # SGLang splits 1, 2 and 4 to a key by a kernel of a GPU
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 class Family(NamedTuple):
     """kind, config: the ``model_type`` of transformers, and what the tiny model's configuration
     says beside its sizes. options: that an engine needs to run it on a CPU. windowed: SGLang has a
-    pool of its own for the sliding-window layers. recurrent: some layers keep a state instead."""
+    pool of its own for the sliding-window layers. recurrent: some layers keep a state instead.
+    vision: the configuration of the part that reads images, if it has one. published: what stands in
+    the files that people publish where transformers writes something else; None is not there."""
 
     kind: str
     config: Mapping[str, Any]
     options: Mapping[str, Any]
     windowed: bool = False
     recurrent: bool = False
+    vision: Mapping[str, Any] | None = None
+    published: Mapping[str, Any] = MappingProxyType({})
 
 
 FAMILIES = {
@@ -93,19 +107,49 @@ FAMILIES = {
     "Qwen3-MoE": Family("qwen3_moe", _EXPERTS | {"norm_topk_prob": True}, {}),
     "Qwen3-Next": Family(
         "qwen3_next",
-        _EXPERTS
+        _EXPERTS | _STATES | {"shared_expert_intermediate_size": 32, "norm_topk_prob": True},
+        {},
+        recurrent=True,
+    ),
+    "Qwen3.5": Family(
+        "qwen3_5",
+        _STATES
         | {
-            "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2),
-            "full_attention_interval": 2,
-            "shared_expert_intermediate_size": 32,
-            "linear_num_key_heads": 1,
-            "linear_num_value_heads": 3,  # SGLang splits 1, 2 and 4 to a key by a kernel of a GPU
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "norm_topk_prob": True,
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": _ROPE
+            | {
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+        {"enable_multimodal": False},
+        recurrent=True,
+        vision={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+        },
+    ),
+    "Nemotron-H": Family(
+        "nemotron_h",
+        {
+            "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
+            "use_mamba_kernels": False,
+            "mamba_num_heads": 8,  # SGLang derives it from `expand`
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
         },
         {},
         recurrent=True,
+        published={
+            "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
+            "mtp_layers_block_type": None,
+            "mamba_n_groups": 2,
+        },
     ),
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "sliding_window": None}, {}),
 }
@@ -117,16 +161,22 @@ def make_model(
     """Write a float32 model, the same every time, and a tokenizer into `folder`. sizes: other than
     those above."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     train_tokenizer(folder, [__doc__ or ""], vocab_size)
     made = FAMILIES[family]
     sizes = {"vocab_size": vocab_size, "max_position_embeddings": context_length, **sizes}
-    config = AutoConfig.for_model(made.kind, **(_SIZES | dict(made.config) | sizes))
+    texts = _SIZES | dict(made.config) | sizes
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float()
+    if made.vision is None:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(made.kind, **texts))
+    else:
+        parts = {"text_config": texts, "vision_config": dict(made.vision)}
+        config = AutoConfig.for_model(made.kind, **parts)
+        model = AutoModelForImageTextToText.from_config(config)
+    model = model.float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("sinks"):
@@ -134,4 +184,21 @@ def make_model(
             elif weight.dim() > 1 and "embed" not in name:
                 weight.mul_(4.0)  # far from ties, and so that attention tells tokens apart
     model.save_pretrained(folder)
+    if made.published:
+        _write_as_published(folder, made.published)
     return folder
+
+
+def _write_as_published(folder: Path, published: Mapping[str, Any]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    written = folder / "config.json"
+    config = json.loads(written.read_text()) | published
+    written.write_text(json.dumps({name: x for name, x in config.items() if x is not None}))
+    weights = load_file(folder / "model.safetensors")
+    # One release of transformers leaves out an s of Nemotron-H.
+    weights = {
+        name.replace("backbone.embedding.", "backbone.embeddings."): x
+        for name, x in weights.items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

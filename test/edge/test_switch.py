@@ -159,10 +159,6 @@ def recurrent_model(tmp_path_factory) -> str:
     return str(make_model("Qwen3-Next", tmp_path_factory.mktemp("model"), 320, 2048))
 
 
-RECURRENT = pytest.mark.skipif(version("sglang") != "0.5.17", reason="refused on other releases")
-
-
-@RECURRENT
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -177,7 +173,6 @@ def test_what_recurrent_state_does_not_go_with(recurrent_model, options, named):
         decided(BatchLLMServerArgs(model_path=recurrent_model, batchllm=True, **options))
 
 
-@RECURRENT
 def test_recurrent_state_is_kept_without_buffers_and_overlap(recurrent_model):
     args = decided(BatchLLMServerArgs(model_path=recurrent_model, batchllm=True))
     assert args.mamba_radix_cache_strategy == "no_buffer"

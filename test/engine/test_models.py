@@ -30,7 +30,7 @@ WINDOWED = [name for name, family in FAMILIES.items() if family.windowed]
 FUSED = {"batchllm": True, "batchllm_attention": "fused"}
 FEW = SCARCE | {"swa_full_tokens_ratio": 0.4}
 FEW_STATES = SCARCE | {"max_mamba_cache_size": 14}
-MOST_TELLING = {"Gemma 3", "Qwen3-MoE", "gpt-oss, few", "Qwen3-Next, few"}
+MOST_TELLING = {"Gemma 3", "Qwen3-MoE", "gpt-oss, few", "Qwen3-Next, few", "Qwen3.5, few"}
 EVERY = os.environ.get("ALL_MODELS") == "1"
 CASES = [
     pytest.param(
@@ -81,8 +81,6 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any]) -> None:
     if family == "Gemma 4" and importlib.metadata.version("sglang") == "0.5.17":
         pytest.skip("SGLang 0.5.17 takes no attention for it that a CPU has")
-    if family in RECURRENT and importlib.metadata.version("sglang") != "0.5.17":
-        pytest.skip("refused on other releases")
     model = model_of[family]
     options = FUSED | dict(FAMILIES[family].options) | options
     (sent,) = results_of(run, str(model), options)

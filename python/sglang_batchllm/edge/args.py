@@ -138,7 +138,7 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
                     f"--batchllm does not support {flag} for a model with Mamba or "
                     f"linear-attention state; leave it out, since {reason}."
                 )
-        self.disable_overlap_schedule = True
+        seam.keep_states_by_plan(self)
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> BatchLLMServerArgs:

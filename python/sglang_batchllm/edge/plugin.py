@@ -117,20 +117,35 @@ def _add_cpu_linear_attention() -> None:
             "srt.layers.attention.linear.gdn_backend.GDNAttnBackend",
             CpuGatedDeltaNet,
         )
-        _hook(
-            "around",
+        for norm in (
             "kernels.ops.attention.fla.fused_norm_gate.FusedRMSNormGated.forward",
-            gated_norm,
+            "kernels.ops.attention.fla.layernorm_gated.RMSNorm.forward",
+        ):
+            _hook("around", norm, gated_norm)
+        _apply_hooks()
+
+
+def _add_cpu_mamba() -> None:
+    from sglang_batchllm.edge.platform import cpu
+
+    if cpu.is_active():
+        from sglang_batchllm.edge.platform.mamba import CpuMamba
+
+        _hook(
+            "replace",
+            "srt.layers.attention.hybrid_linear_attn_backend.Mamba2AttnBackend",
+            CpuMamba,
         )
         _apply_hooks()
 
 
 def _add_cpu_gates() -> None:
     from sglang_batchllm.edge.platform import cpu
-    from sglang_batchllm.edge.platform.gates import add_gated
+    from sglang_batchllm.edge.platform.gates import add_gated, multiply_gated
 
     if cpu.is_active():
         _hook("around", "kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add", add_gated)
+        _hook("around", "kernels.ops.elementwise.elementwise.fused_sigmoid_mul", multiply_gated)
         _apply_hooks()
 
 
@@ -283,6 +298,7 @@ _FOLLOWED: dict[str, Callable[[], None]] = {
     "sglang.srt.layers.attention.attention_registry": _add_attention,
     "sglang.srt.layers.attention.torch_native_backend": _add_cpu_attention,
     "sglang.srt.layers.attention.linear.gdn_backend": _add_cpu_linear_attention,
+    "sglang.srt.layers.attention.hybrid_linear_attn_backend": _add_cpu_mamba,
     "sglang.kernels.ops.elementwise.elementwise": _add_cpu_gates,
     "sglang.srt.mem_cache.kv_cache_configurator": _size_pools,
     "sglang.srt.managers.scheduler": lambda: _import("scheduler"),

@@ -7,15 +7,23 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from sglang.srt.environ import Envs
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from sglang_batchllm.edge.cache import PinnedGroups
+from sglang_batchllm.edge import seams
+from sglang_batchllm.edge.cache import PinnedGroups, next_branch
+from sglang_batchllm.policy.step import WindowPool
+
+if TYPE_CHECKING:
+    from sglang_batchllm.edge.seams.v0_5_17.scheduler import computed
+else:
+    computed = seams.load("scheduler").computed
 
 
 class PathNode(NamedTuple):
@@ -43,6 +51,10 @@ class UnifiedGroups(PinnedGroups):
     @abstractmethod
     def enter(self, req: Req) -> int:
         """See `policy.store.Store.publish`."""
+
+    @abstractmethod
+    def reach(self, req: Req) -> tuple[int, int]:
+        """Prompt tokens of a request that have slots by now, and those of them in the tree."""
 
     @abstractmethod
     def path_to(self, node: int) -> Sequence[PathNode]: ...
@@ -126,10 +138,6 @@ class WindowedGroups(UnifiedGroups):
     moved = False
 
     @abstractmethod
-    def reach(self, req: Req) -> tuple[int, int]:
-        """Prompt tokens of a request that have slots by now, and those of them in the tree."""
-
-    @abstractmethod
     def slide(self, req: Req, to: int) -> None:
         """Free what the request, whose next token to see a window is number `to`, has left behind
         of the pool of such layers and no tree holds."""
@@ -152,6 +160,63 @@ class WindowedGroups(UnifiedGroups):
             # A match cuts the tree where it ends, and a lock holds whole nodes.
             self.match(tokens, namespace, depth - self.window)
         return super().pin(tokens, namespace, depth)
+
+
+class RecurrentGroups(UnifiedGroups):
+    """Where layers keep a state. A node has one only where a pass has ended; so of requests that
+    run nothing enters the tree but shared prefixes, each with a pass to its end."""
+
+    req_to_token_pool: Any
+    mamba_evictable_size: Any
+    tree_core: Any
+
+    def reset(self) -> None:
+        self._states: list[tuple[torch.Tensor, torch.Tensor]] = []
+        super().reset()
+
+    @abstractmethod
+    def enter_with_state(self, req: Req) -> None:
+        """Have the tree take what has slots of the request, with a copy of its state."""
+
+    @abstractmethod
+    def slot_of(self, req: Req) -> torch.Tensor:
+        """The slot of the request's state, of shape [1]."""
+
+    @abstractmethod
+    def copy_states(self, sources: torch.Tensor, kept: torch.Tensor) -> None:
+        """From slots to slots, as many."""
+
+    def window_pool(self) -> WindowPool:
+        slots = self.req_to_token_pool.mamba_pool.size
+        return WindowPool(window=1, capacity=slots, slack=0, recurrent=True)
+
+    def window_available(self) -> int:
+        free: int = self.req_to_token_pool.mamba_allocator.available_size()
+        return free + self.mamba_evictable_size()
+
+    def next_pass(self, req: Req) -> tuple[int, int]:
+        done = computed(req)
+        whole = len(req.full_untruncated_fill_ids) - done
+        branch = next_branch(req)
+        return whole, whole if branch is None else branch - done
+
+    def enter(self, req: Req) -> int:
+        end, in_tree = self.reach(req)
+        if end != next_branch(req):
+            return in_tree
+        # This copies the state, too, which the pass has yet to compute.
+        self.enter_with_state(req)
+        kept = self.tree_core.get_component_device_value(req.last_node, ComponentType.MAMBA)
+        assert kept is not None
+        self._states.append((self.slot_of(req), kept))
+        return end
+
+    def keep_states(self) -> None:
+        """The pass has run: the states after prefixes that were published before it are there."""
+        if self._states:
+            sources, kept = map(torch.cat, zip(*self._states, strict=True))
+            self.copy_states(sources, kept)
+            self._states.clear()
 
 
 def less(freed: EvictResult, params: EvictParams) -> EvictParams:

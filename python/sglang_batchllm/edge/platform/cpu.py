@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 
@@ -43,6 +44,9 @@ class CpuReferencePlatform(CpuDeviceMixin, seam.PlatformParts):
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         # The inputs that a convolution goes on from would be rounded to bfloat16.
         os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
+        # Some models ask for the device, which newer releases of torch call CUDA with no GPU there.
+        module_of = torch.get_device_module
+        torch.get_device_module = lambda device=None: module_of(device or "cpu")
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         server_args.device = "cpu"

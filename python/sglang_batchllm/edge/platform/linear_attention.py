@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+from sglang_batchllm.edge.platform.recurrence import convolve, passes
+
 NORM_EPSILON = 1e-6
 """Of queries and keys, whose length is 1 in every gated delta net."""
 
@@ -30,11 +32,7 @@ class CpuGatedDeltaNet(GDNAttnBackend):
         b: torch.Tensor,
         **_: Any,
     ) -> torch.Tensor:
-        assert forward_batch.extend_seq_lens is not None
-        assert forward_batch.extend_prefix_lens is not None
-        counts = forward_batch.extend_seq_lens.tolist()
-        goes_on = [prefix > 0 for prefix in forward_batch.extend_prefix_lens.tolist()]
-        return self._run(layer, mixed_qkv, a, b, counts, goes_on)
+        return self._run(layer, mixed_qkv, a, b, *passes(forward_batch))
 
     def forward_decode(
         self,
@@ -45,8 +43,7 @@ class CpuGatedDeltaNet(GDNAttnBackend):
         b: torch.Tensor,
         **_: Any,
     ) -> torch.Tensor:
-        ones = [1] * forward_batch.batch_size
-        return self._run(layer, mixed_qkv, a, b, ones, [True] * len(ones))
+        return self._run(layer, mixed_qkv, a, b, *passes(forward_batch))
 
     def _run(
         self,
@@ -69,7 +66,7 @@ class CpuGatedDeltaNet(GDNAttnBackend):
             if not old:
                 states.conv[0][slot] = 0
                 states.temporal[slot] = 0
-            x = _convolve(x, states.conv[0][slot], layer)
+            x = convolve(x, states.conv[0][slot], layer.conv_weights, layer.bias)
             q, k, v = x.split([layer.q_dim, layer.k_dim, layer.v_dim], dim=-1)
             share = layer.num_v_heads // layer.num_k_heads
             q, k = (
@@ -85,17 +82,6 @@ class CpuGatedDeltaNet(GDNAttnBackend):
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + NORM_EPSILON)
-
-
-def _convolve(x: torch.Tensor, before: torch.Tensor, layer: Any) -> torch.Tensor:
-    """Causal convolution of each channel. x: [tokens, channels]; before: the last inputs, which
-    become those of x."""
-    inputs = torch.cat([before.float(), x.T], dim=1)
-    weights = layer.conv_weights.float()
-    bias = None if layer.bias is None else layer.bias.float()
-    y = F.conv1d(inputs[None], weights[:, None], bias, groups=len(weights))[0]
-    before.copy_(inputs[:, inputs.shape[1] - before.shape[1] :])
-    return F.silu(y).T
 
 
 def _delta_rule(

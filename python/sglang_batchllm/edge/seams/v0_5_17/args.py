@@ -69,6 +69,12 @@ def keeps_states(server_args: ServerArgs) -> bool:
     return server_args.uses_mamba_radix_cache
 
 
+def keep_states_by_plan(server_args: ServerArgs) -> None:
+    """Choose SGLang's strategy without buffers for the states of layers that keep one; it goes
+    with no overlap."""
+    server_args.disable_overlap_schedule = True
+
+
 def set_decode_backend(server_args: ServerArgs, name: str) -> None:
     """Choose the decode attention backend after SGLang has chosen everything."""
     server_args.override("batchllm", decode_attention_backend=name)

@@ -17,9 +17,8 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_batchllm.edge.cache import PinnedGroups, next_branch, private_member, shared_tokens
-from sglang_batchllm.edge.unified import PathNode, UnifiedGroups, WindowedGroups
-from sglang_batchllm.policy.step import WindowPool
+from sglang_batchllm.edge.cache import PinnedGroups, private_member, shared_tokens
+from sglang_batchllm.edge.unified import PathNode, RecurrentGroups, UnifiedGroups, WindowedGroups
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
@@ -177,6 +176,10 @@ class _UnifiedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
         text = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle] if is_insert else None
         self.left(req, last_node, depth, text)
 
+    def reach(self, req: Req) -> tuple[int, int]:
+        assert req.extend_range is not None
+        return req.extend_range.end, req.cache_protected_len
+
     # What `PinnedGroups` asks
 
     def match(self, tokens: array[int], namespace: str | None, limit: int) -> tuple[int, int]:
@@ -214,10 +217,6 @@ class WindowedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
 ):
     """For models with sliding windows."""
 
-    def reach(self, req: Req) -> tuple[int, int]:
-        assert req.extend_range is not None
-        return req.extend_range.end, req.cache_protected_len
-
     def slide(self, req: Req, to: int) -> None:
         free_swa_out_of_window_slots(
             req,
@@ -229,29 +228,10 @@ class WindowedGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
         )
 
 
-class RecurrentGroupCache(_UnifiedGroupCache):
-    """For models with layers that keep a state. A node has one only where a pass has ended; so of
-    requests that run nothing enters the tree but shared prefixes, each with a pass to its end."""
-
-    req_to_token_pool: Any
-
-    def reset(self) -> None:
-        self._states: list[tuple[torch.Tensor, torch.Tensor]] = []
-        super().reset()
-
-    def window_pool(self) -> WindowPool:
-        slots = self.req_to_token_pool.mamba_pool.size
-        return WindowPool(window=1, capacity=slots, slack=0, recurrent=True)
-
-    def window_available(self) -> int:
-        free: int = self.req_to_token_pool.mamba_allocator.available_size()
-        return free + self.mamba_evictable_size()
-
-    def next_pass(self, req: Req) -> tuple[int, int]:
-        done = len(req.prefix_indices)
-        whole = len(req.full_untruncated_fill_ids) - done
-        branch = next_branch(req)
-        return whole, whole if branch is None else branch - done
+class RecurrentGroupCache(  # pyright: ignore[reportIncompatibleMethodOverride]
+    RecurrentGroups, _UnifiedGroupCache
+):
+    """For models with layers that keep a state."""
 
     def cache_unfinished_req(self, req: Req, chunked: bool = False, **_: Any) -> None:
         if chunked:  # the next pass goes on from the request's own state
@@ -259,22 +239,12 @@ class RecurrentGroupCache(_UnifiedGroupCache):
             row = self.req_to_token_pool.req_to_token[req.req_pool_idx, : req.extend_range.end]
             req.prefix_indices = row.to(dtype=torch.int64, copy=True)
 
-    def enter(self, req: Req) -> int:
-        assert req.extend_range is not None
-        end = req.extend_range.end
-        if end != next_branch(req):
-            return req.cache_protected_len
-        # This copies the state, too, which the pass has yet to compute.
+    def enter_with_state(self, req: Req) -> None:
         super().cache_unfinished_req(req, chunked=True)
-        kept = self.tree_core.get_component_device_value(req.last_node, ComponentType.MAMBA)
-        assert kept is not None
-        assert req.mamba_pool_idx is not None
-        self._states.append((req.mamba_pool_idx.view(1), kept))
-        return end
 
-    def keep_states(self) -> None:
-        """The pass has run: the states after prefixes that were published before it are there."""
-        if self._states:
-            sources, kept = map(torch.cat, zip(*self._states, strict=True))
-            self.req_to_token_pool.mamba_pool.copy_from(sources, kept)
-            self._states.clear()
+    def slot_of(self, req: Req) -> torch.Tensor:
+        assert req.mamba_pool_idx is not None
+        return req.mamba_pool_idx.view(1)
+
+    def copy_states(self, sources: torch.Tensor, kept: torch.Tensor) -> None:
+        self.req_to_token_pool.mamba_pool.copy_from(sources, kept)

@@ -38,6 +38,9 @@ class ResolvingServerArgs(ServerArgs):
     def after_graph_sizes(self, graphs: Any) -> None:
         """It has; `graphs` as before."""
 
+    def before_recurrent_cache(self) -> None:
+        """SGLang is about to decide how to keep states, if the model's layers have them."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not getattr(self, "_resolution_finished", False):  # not one that was pickled
@@ -53,6 +56,13 @@ class ResolvingServerArgs(ServerArgs):
 def register() -> None:
     """What SGLang is to be told of these; `plugin.py` calls it."""
     register_resolution_hook("handle_gpu_memory_settings")(_size_graphs)
+    register_resolution_hook("handle_model_specific_adjustments")(_keep_states)
+
+
+def _keep_states(server_args: Any, previous: Callable[[Any], None]) -> None:
+    if isinstance(server_args, ResolvingServerArgs):
+        server_args.before_recurrent_cache()
+    previous(server_args)
 
 
 def _size_graphs(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -93,8 +103,19 @@ def model_config(server_args: ServerArgs) -> Any:
 
 
 def keeps_states(server_args: ServerArgs) -> bool:
-    """Of a model whose layers keep a state, whether the cache here can hold it; not yet."""
-    return False
+    """Of a model whose layers keep a state, whether the cache here can hold it."""
+    return resolving_view(server_args).uses_mamba_radix_cache
+
+
+def keep_states_by_plan(server_args: ServerArgs) -> None:
+    """Choose SGLang's strategy without buffers for the states of layers that keep one; it goes
+    with no overlap."""
+    declare_resolution(
+        server_args,
+        "batchllm",
+        mamba_radix_cache_strategy="no_buffer",
+        disable_overlap_schedule=True,
+    )
 
 
 def set_decode_backend(server_args: ServerArgs, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any
 
+import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
@@ -17,7 +18,14 @@ from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_batchllm.edge.cache import private_member, shared_tokens
-from sglang_batchllm.edge.unified import PathNode, WindowedGroups, less, plus
+from sglang_batchllm.edge.unified import (
+    PathNode,
+    RecurrentGroups,
+    UnifiedGroups,
+    WindowedGroups,
+    less,
+    plus,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
@@ -25,24 +33,11 @@ if TYPE_CHECKING:
 
 def create_cache(context: TreeCacheBuildContext) -> Any:
     """The factory behind ``--radix-cache-backend batchllm``."""
-    return create_unified_radix_cache(context, cache_class=PinnedGroupCache)
+    kind = RecurrentGroupCache if context.is_hybrid_ssm else PinnedGroupCache
+    return create_unified_radix_cache(context, cache_class=kind)
 
 
-class PinnedGroupCache(WindowedGroups, UnifiedRadixCache):
-    def enter(self, req: Req) -> int:
-        assert req.extend_end is not None
-        self.checkpoint(req, up_to=req.extend_end)
-        return req.extend_end
-
-    def checkpoint(self, req: Req, *, up_to: int, **options: Any) -> None:
-        """Also runs for a request that has ended by itself, just before its KV is released."""
-        member = private_member(req)
-        if member is not None and not (req.finished() and self.keeps(req)):
-            up_to = 0 if req.finished() else shared_tokens(req, member, up_to)
-            if up_to <= req.kv.cache_protected_len:
-                return
-        super().checkpoint(req, up_to=up_to, **options)
-
+class _UnifiedGroupCache(UnifiedGroups, UnifiedRadixCache):
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         """Also runs for a request that is retracted or aborted."""
         super().on_release(req, checkpointed=checkpointed)
@@ -71,9 +66,6 @@ class PinnedGroupCache(WindowedGroups, UnifiedRadixCache):
         assert req.extend_end is not None
         return req.extend_end, req.kv.cache_protected_len
 
-    def slide(self, req: Req, to: int) -> None:
-        self.evict_sliding_windows(req, to)
-
     def path_to(self, node: int) -> list[PathNode]:
         (path,) = self.tree_core.collect_path_info([node])
         return [
@@ -86,3 +78,43 @@ class PinnedGroupCache(WindowedGroups, UnifiedRadixCache):
     def evict_for_alloc(self, params: EvictParams, **options: Any) -> EvictResult:
         freed = self.evict_first_ones(params)
         return plus(freed, super().evict_for_alloc(less(freed, params), **options))
+
+
+class PinnedGroupCache(WindowedGroups, _UnifiedGroupCache):
+    def enter(self, req: Req) -> int:
+        assert req.extend_end is not None
+        self.checkpoint(req, up_to=req.extend_end)
+        return req.extend_end
+
+    def checkpoint(self, req: Req, *, up_to: int, **options: Any) -> None:
+        """Also runs for a request that has ended by itself, just before its KV is released."""
+        member = private_member(req)
+        if member is not None and not (req.finished() and self.keeps(req)):
+            up_to = 0 if req.finished() else shared_tokens(req, member, up_to)
+            if up_to <= req.kv.cache_protected_len:
+                return
+        super().checkpoint(req, up_to=up_to, **options)
+
+    def slide(self, req: Req, to: int) -> None:
+        self.evict_sliding_windows(req, to)
+
+
+class RecurrentGroupCache(RecurrentGroups, _UnifiedGroupCache):
+    """For models with layers that keep a state."""
+
+    def checkpoint(self, req: Req, *, up_to: int, **options: Any) -> None:
+        """Of one that has ended and is not kept, nothing enters, but SGLang frees its state."""
+        if req.finished():
+            super().checkpoint(req, up_to=up_to if self.keeps(req) else 0, **options)
+
+    def enter_with_state(self, req: Req) -> None:
+        assert req.extend_end is not None
+        super().checkpoint(req, up_to=req.extend_end)
+
+    def slot_of(self, req: Req) -> torch.Tensor:
+        assert req.kv.mamba_pool_idx is not None
+        return req.kv.mamba_pool_idx.view(1)
+
+    def copy_states(self, sources: torch.Tensor, kept: torch.Tensor) -> None:
+        place = self.req_to_token_pool.translate_mamba_indices
+        self.req_to_token_pool.mamba_pool.copy_from(place(sources), place(kept))
