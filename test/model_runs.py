@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL.Image import Image, fromarray
 
 from engines import flush, wait_until_whole
 from processes import in_scheduler, stock_scheduler
 from prompts import mixed_batch
-from tiny_models import WINDOW
+from tiny_models import PATCH, WINDOW
 
 CHUNK = 48
 OUTPUT = 12
@@ -36,6 +41,22 @@ def batches() -> dict[str, list[list[int]]]:
     }
 
 
+def questions() -> list[tuple[str, Image]]:
+    """Three questions about each of three images, one behind the other."""
+    rng = np.random.default_rng(0)
+    size = (4 * PATCH, 6 * PATCH, 3)
+    images = [fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for _ in range(3)]
+    see = "See this: <|vision_start|><|image_pad|><|vision_end|> "
+    asked = ("what", "who is there", "how many")
+    return [(see + question, image) for question in asked for image in images]
+
+
+def _sent(image: Image) -> str:
+    file = BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + b64encode(file.getvalue()).decode()
+
+
 def _tell_what_is_shared(path: str) -> None:
     """In a scheduler's process: write what decodes through shared prefixes, and how the last layer
     prefills, as the table of docs/models.md has it."""
@@ -58,10 +79,11 @@ def _tell_what_is_shared(path: str) -> None:
     scheduler.init_schedule_policy = prepare_and_tell
 
 
-def run(model: str, options: dict[str, Any], pipe: Any) -> None:
+def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
     """Sends {"results": of each batch by name, "reports": one for each, "shared": what decodes
     through shared prefixes, and whether the last layer's end is computed for samples alone,
-    "logprobs": of the first `SCORED` mixed prompts, without their first tokens}."""
+    "logprobs": of the first `SCORED` mixed prompts, without their first tokens}. sees: whether it
+    reads images."""
     from sglang.srt.entrypoints.engine import Engine
 
     class TellingEngine(Engine):
@@ -93,6 +115,10 @@ def run(model: str, options: dict[str, Any], pipe: Any) -> None:
             sampling = greedy(LONG_OUTPUT if wide else OUTPUT)
             keep(name, engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids))
         keep("aborted", _aborted(engine))
+        if sees:
+            texts, images = zip(*questions(), strict=True)
+            sent = [*map(_sent, images)]
+            keep("images", engine.generate([*texts], greedy(OUTPUT), image_data=sent))
         scored = engine.generate(
             input_ids=batches()["mixed"][:SCORED],
             sampling_params=greedy(1),
@@ -170,3 +196,23 @@ def expected_next(model: Path, prompts: list[list[int]], outputs: list[list[int]
             logits = reference(torch.tensor([prompt + output]), use_cache=False).logits[0]
             expected.append(logits[len(prompt) - 1 : -1].argmax(-1).tolist())
     return expected
+
+
+def expected_answers(model: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """By Hugging Face transformers, of `questions`: the prompts, in which an image is as many equal
+    tokens as it takes, and the greedy answers."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model)
+    reference = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+    prompts, answers = [], []
+    for text, image in questions():
+        inputs = processor(text=[text], images=[image], return_tensors="pt")
+        prompts.append(inputs["input_ids"][0].tolist())
+        with torch.inference_mode():
+            ids = reference.generate(
+                **inputs, do_sample=False, min_new_tokens=OUTPUT, max_new_tokens=OUTPUT
+            )
+        answers.append(ids[0, len(prompts[-1]) :].tolist())
+    return prompts, answers

@@ -15,6 +15,9 @@ WINDOW = 24
 
 LAYERS = 4
 
+PATCH = 16
+"""Of an image, a side in pixels; two by two are a token."""
+
 _SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -46,8 +49,8 @@ class Family(NamedTuple):
     """kind, config: the ``model_type`` of transformers, and what the tiny model's configuration
     says beside its sizes. options: that an engine needs to run it on a CPU. windowed: SGLang has a
     pool of its own for the sliding-window layers. recurrent: some layers keep a state instead.
-    vision: the configuration of the part that reads images, if it has one. published: what stands in
-    the files that people publish where transformers writes something else; None is not there."""
+    vision: the configuration of the part that reads images, if it has one. published: what stands
+    in the files that people publish where transformers writes otherwise; None is not there."""
 
     kind: str
     config: Mapping[str, Any]
@@ -123,7 +126,7 @@ FAMILIES = {
                 "mrope_interleaved": True,
             },
         },
-        {"enable_multimodal": False},
+        {"mm_attention_backend": "sdpa", "disable_fast_image_processor": True},
         recurrent=True,
         vision={
             "depth": 1,
@@ -131,6 +134,8 @@ FAMILIES = {
             "intermediate_size": 32,
             "num_heads": 2,
             "out_hidden_size": 64,
+            "patch_size": PATCH,
+            "deepstack_visual_indexes": [],
         },
     ),
     "Nemotron-H": Family(
@@ -173,7 +178,7 @@ def make_model(
     if made.vision is None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(made.kind, **texts))
     else:
-        parts = {"text_config": texts, "vision_config": dict(made.vision)}
+        parts = {"text_config": texts, "vision_config": dict(made.vision), **_see(folder)}
         config = AutoConfig.for_model(made.kind, **parts)
         model = AutoModelForImageTextToText.from_config(config)
     model = model.float()
@@ -202,3 +207,27 @@ def _write_as_published(folder: Path, published: Mapping[str, Any]) -> None:
         for name, x in weights.items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _see(folder: Path) -> dict[str, int]:
+    """Write a processor of images into `folder`; returns the token ids that stand for them, by the
+    names that they have in configurations."""
+    from transformers import (
+        AutoTokenizer,
+        Qwen2VLImageProcessor,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    names = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*names.values()]})
+    tokenizer.pad_token = tokenizer.eos_token
+    images = Qwen2VLImageProcessor(patch_size=PATCH, merge_size=2, min_pixels=(2 * PATCH) ** 2)
+    Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor()).save_pretrained(folder)
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}

@@ -16,6 +16,7 @@ from model_runs import (
     OUTPUT,
     SCORED,
     batches,
+    expected_answers,
     expected_logprobs,
     expected_next,
     run,
@@ -83,7 +84,8 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
         pytest.skip("SGLang 0.5.17 takes no attention for it that a CPU has")
     model = model_of[family]
     options = FUSED | dict(FAMILIES[family].options) | options
-    (sent,) = results_of(run, str(model), options)
+    sees = FAMILIES[family].vision is not None
+    (sent,) = results_of(run, str(model), options, sees)
     results, reports = sent["results"], sent["reports"]
     for name, prompts in batches().items():
         outputs = [one["output_ids"] for one in results[name]]
@@ -94,6 +96,11 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
         last = reports[name]["batches"][-1]
         assert last["computed_tokens"] == last["distinct_tokens"] == computed, name
         assert last["peak_pinned_tokens"] > 0
+    if sees:
+        prompts, answers = expected_answers(model)
+        assert [one["output_ids"] for one in results["images"]] == answers
+        computed = sum(one["computed"] for one in results["images"])
+        assert computed < sum(map(len, prompts)) - len(prompts)
     expected = expected_logprobs(model, batches()["mixed"][:SCORED])
     for logprobs, own in zip(sent["logprobs"], expected, strict=True):
         assert logprobs == pytest.approx(own, abs=1e-3)

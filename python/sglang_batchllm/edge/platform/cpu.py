@@ -8,6 +8,7 @@ plain torch instead: slow, exact, and the same scheduler, caches and servers as 
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,9 @@ class CpuReferencePlatform(CpuDeviceMixin, seam.PlatformParts):
     def init_backend(self) -> None:
         # torch.compile, as grammar libraries use it, would need a C++ compiler on this machine.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        loaded: Any = sys.modules.get("torch._dynamo.config")
+        if loaded is not None:
+            loaded.disable = True  # it has read that variable
         # The inputs that a convolution goes on from would be rounded to bfloat16.
         os.environ.setdefault("SGLANG_MAMBA_CONV_DTYPE", "float32")
         # Some models ask for the device, which newer releases of torch call CUDA with no GPU there.

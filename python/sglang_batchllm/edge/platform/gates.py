@@ -12,7 +12,7 @@ import torch.nn.functional as F
 def gated_norm(
     stock: Callable[..., torch.Tensor], norm: Any, x: torch.Tensor, gate: torch.Tensor, **_: Any
 ) -> torch.Tensor:
-    """``forward`` of SGLang's norms with gates: a norm of x, times the gate. x, gate: [rows, dim]."""
+    """``forward`` of norms with a gate: the norm of x, times the gate. x, gate: [rows, dim]."""
     assert getattr(norm, "norm_before_gate", True)
     assert getattr(norm, "group_size", None) is None
     y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.eps)
@@ -39,7 +39,7 @@ def multiply_gated(
     inplace: bool = False,
     **_: Any,
 ) -> torch.Tensor:
-    """``fused_sigmoid_mul``: attention's outputs times their gates. x: [tokens, dim]; gate: [tokens,
-    dim] or [tokens, heads, head dim]."""
+    """``fused_sigmoid_mul``: attention's outputs times their gates. x: [tokens, dim]; gate: the
+    same, or [tokens, heads, head dim]."""
     weights = torch.sigmoid(gate.reshape(x.shape))
     return x.mul_(weights) if inplace else x * weights

@@ -28,7 +28,7 @@ class CpuMamba(Mamba2AttnBackend):
         layer_id: int,
         forward_batch: ForwardBatch,
         mup_vector: torch.Tensor | None = None,
-        **_: Any,
+        use_triton_causal_conv: bool = False,
     ) -> torch.Tensor:
         assert mixer.tp_size == 1, "Mamba layers run on one rank here"
         states = self.req_to_token_pool.mamba2_layer_cache(layer_id)
