@@ -383,11 +383,9 @@ def engine_processes(process: subprocess.Popen[Any]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def scheduler_of(process: subprocess.Popen[Any]) -> psutil.Process:
-    (found,) = [
-        child for child in engine_processes(process) if "scheduler" in " ".join(child.cmdline())
-    ]
-    return found
+def schedulers_of(process: subprocess.Popen[Any]) -> list[psutil.Process]:
+    running = engine_processes(process)
+    return [child for child in running if "::scheduler" in " ".join(child.cmdline())]
 
 
 @pytest.mark.timeout(600)
@@ -420,9 +418,36 @@ def test_it_goes_on_after_its_scheduler_and_after_itself_was_killed(
 
     with process_of(command) as second:
         wait_for(lambda: records() >= found + 3, 300, second)
-        scheduler_of(second).kill()
+        (scheduler,) = schedulers_of(second)
+        scheduler.kill()
         assert second.wait(300) == 0
     answers, _ = undisturbed
     assert answers_in(output) == answers
     about = json.loads(report.read_text())
     assert (about["engine_deaths"], about["found_done"]) == (1, found)
+
+
+@pytest.mark.skipif(os.environ.get("REPLICAS") != "1", reason="takes minutes; REPLICAS=1 runs it")
+@pytest.mark.timeout(1200)
+def test_two_replicas_lose_nothing_when_one_is_killed(
+    tiny_model: Path, real_inputs: Path, undisturbed: tuple[dict, dict], tmp_path: Path
+):
+    inputs, output, report = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "report.json"))
+    too_long = request("long", "word " * 3000, model="tiny", max_tokens=4)
+    inputs.write_bytes(too_long + real_inputs.read_bytes())
+    command = real_command(tiny_model, inputs, output, "--report", report, "--dp-size", 2)
+
+    with process_of(command) as process:
+        wait_for(lambda: output.exists() and output.read_bytes().count(b"\n") > 3, 300, process)
+        replicas = schedulers_of(process)
+        assert len(replicas) == 2
+        replicas[1].kill()
+        assert process.wait(400) == 0
+    answers = answers_in(output)
+    assert not answers.pop("long")
+    assert answers == undisturbed[0]
+    (refused,) = (row["response"] for row in records_in(output) if row["custom_id"] == "long")
+    assert refused["status_code"] == 400
+    assert "context length" in json.dumps(refused["body"])
+    about = json.loads(report.read_text())
+    assert (about["done"], about["failed"], about["engine_deaths"]) == (REAL, 1, 1)

@@ -31,7 +31,7 @@ WINDOWED = [name for name, family in FAMILIES.items() if family.windowed]
 FUSED = {"batchllm": True, "batchllm_attention": "fused"}
 FEW = SCARCE | {"swa_full_tokens_ratio": 0.4}
 FEW_STATES = SCARCE | {"max_mamba_cache_size": 14}
-MOST_TELLING = {"Gemma 3", "Qwen3-MoE", "gpt-oss, few", "Qwen3-Next, few", "Qwen3.5, few"}
+MOST_TELLING = {"Gemma 3", "Qwen3-MoE", "gpt-oss, few", "Qwen3.5, few"}
 EVERY = os.environ.get("ALL_MODELS") == "1"
 CASES = [
     pytest.param(
