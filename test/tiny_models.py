@@ -157,6 +157,37 @@ FAMILIES = {
         },
     ),
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "sliding_window": None}, {}),
+    "DeepSeek-V2": Family(
+        "deepseek_v2",
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "kv_lora_rank": 32,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 512,
+                "beta_fast": 32,
+                "beta_slow": 1,
+            },
+        },
+        {},
+        published={"moe_layer_freq": 1, "scoring_func": "softmax"},
+    ),
 }
 
 
@@ -199,7 +230,8 @@ def _write_as_published(folder: Path, published: Mapping[str, Any]) -> None:
 
     written = folder / "config.json"
     config = json.loads(written.read_text()) | published
-    written.write_text(json.dumps({name: x for name, x in config.items() if x is not None}))
+    dropped = {name for name, x in published.items() if x is None}
+    written.write_text(json.dumps({name: config[name] for name in config.keys() - dropped}))
     weights = load_file(folder / "model.safetensors")
     # One release of transformers leaves out an s of Nemotron-H.
     weights = {

@@ -28,11 +28,13 @@ class CpuAttention(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        assert forward_batch.extend_seq_lens is not None
+        counts = forward_batch.extend_seq_lens.tolist()
+        if self._is_expanded(layer):
+            return _attend_to_own(q, k, v, layer, counts)
         if self._is_plain(layer, sinks):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         self._save(k, v, layer, forward_batch, save_kv_cache)
-        assert forward_batch.extend_seq_lens is not None
-        counts = forward_batch.extend_seq_lens.tolist()
         return self._attend(q, layer, forward_batch, counts, sinks)
 
     def forward_decode(
@@ -54,6 +56,13 @@ class CpuAttention(TorchNativeAttnBackend):
     def _is_plain(self, layer: Any, sinks: torch.Tensor | None) -> bool:
         other_pool = self.use_sliding_window_kv_pool and _window(layer) != NO_WINDOW
         return not other_pool and not layer.logit_cap and sinks is None
+
+    def _is_expanded(self, layer: Any) -> bool:
+        """Whether the cache has, in place of this layer's keys, what they are made from: so it is
+        with multi-head latent attention, where a pass of prompts from their first tokens on is
+        computed from keys and values themselves."""
+        pool: Any = self.token_to_kv_pool
+        return pool.get_key_buffer(layer.layer_id).shape[-1] != layer.qk_head_dim
 
     def _save(
         self, k: torch.Tensor, v: torch.Tensor, layer: Any, batch: ForwardBatch, asked: bool
@@ -90,6 +99,18 @@ class CpuAttention(TorchNativeAttnBackend):
                 slots = pool.translate_loc_from_full_to_swa(slots)
             outputs.append(_attention(query, k_cache[slots], v_cache[slots], layer, sinks))
         return torch.cat(outputs).to(q.dtype).view(q.shape[0], -1)
+
+
+def _attend_to_own(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, counts: list[int]
+) -> torch.Tensor:
+    """Causal attention of requests to their own tokens, counts[i] of request i. q, k: [tokens,
+    heads * dim]; v, and what is returned: [tokens, heads * v_dim]."""
+    parts = (x.reshape(len(q), layer.tp_q_head_num, -1).split(counts) for x in (q, k, v))
+    outputs = [
+        _attention(q_i, k_i, v_i, layer, sinks=None) for q_i, k_i, v_i in zip(*parts, strict=True)
+    ]
+    return torch.cat(outputs).to(q.dtype).view(len(q), -1)
 
 
 def _attention(
