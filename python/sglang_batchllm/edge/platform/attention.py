@@ -14,8 +14,8 @@ NO_WINDOW = -1
 
 class CpuAttention(TorchNativeAttnBackend):
     """SGLang's ``torch_native``, which knows no attention sinks and no soft capping, and looks for
-    the KV of sliding-window layers at slots of the other layers' pool: such layers are computed
-    here, in float32.
+    the KV of sliding-window layers at slots of the other layers' pool, and for keys where the cache
+    of latent attention has none: such layers are computed here, in float32.
     """
 
     def forward_extend(
