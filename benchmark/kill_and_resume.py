@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from processes import children_named
 from results_file import ResultFile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -64,32 +65,14 @@ def start(folder: Path, output: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def scheduler_of(process: subprocess.Popen[bytes]) -> psutil.Process | None:
-    for one in descendants(process):
-        try:
-            if "scheduler" in " ".join(one.cmdline()):
-                return one
-        except psutil.Error:
-            continue
-    return None
-
-
 def kill(kind: str, process: subprocess.Popen[bytes]) -> bool:
     """Returns whether there was anything to kill."""
     if kind == "scheduler":
-        scheduler = scheduler_of(process)
-        if scheduler is None:
-            return False
-        scheduler.kill()
-        return True
-    victims = descendants(process) if kind == "everything" else []
+        schedulers = children_named("scheduler", process.pid)
+        for scheduler in schedulers[:1]:
+            scheduler.kill()
+        return bool(schedulers)
+    victims = children_named("", process.pid) if kind == "everything" else []
     process.kill()
     for victim in victims:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -36,6 +37,20 @@ def results_of(run: Callable[..., None], *args: Any) -> Generator[Any, None, Non
             process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"{run.__name__} ended with exit code {process.exitcode}, see above")
+
+
+def children_named(name: str, pid: int | None = None) -> list[psutil.Process]:
+    """What `pid` (or this process) and its children have started and has `name` in its command
+    line; one that has ended is none of them, though nobody has waited for it yet."""
+    found = []
+    try:
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if name in " ".join(child.cmdline()):
+                    found.append(child)
+    except psutil.NoSuchProcess:
+        pass
+    return found
 
 
 def engine_of(flags: Sequence[str]) -> Any:

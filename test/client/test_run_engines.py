@@ -15,6 +15,7 @@ import pytest
 
 from engines import AMPLE
 from pretended_server import answers_in, records_in, request
+from processes import children_named
 from test_run_command import COMMAND, process_of
 
 REAL = 60
@@ -56,15 +57,6 @@ def wait_for(holds: Callable[[], bool], seconds: float, process: subprocess.Pope
         time.sleep(0.02)
 
 
-def engine_processes(process: subprocess.Popen[Any]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def schedulers_of(process: subprocess.Popen[Any]) -> list[psutil.Process]:
-    running = engine_processes(process)
-    return [child for child in running if "::scheduler" in " ".join(child.cmdline())]
-
-
 @pytest.mark.timeout(600)
 def test_each_distinct_token_is_computed_once(undisturbed: tuple[dict, dict]):
     answers, report = undisturbed
@@ -87,7 +79,7 @@ def test_it_goes_on_after_its_scheduler_and_after_itself_was_killed(
 
     with process_of(command) as first:
         wait_for(lambda: records() >= 3, 300, first)
-        running = engine_processes(first)
+        running = children_named("", first.pid)
         assert len(running) >= 3
     assert not psutil.wait_procs(running, timeout=60)[1], "it leaves an engine behind"
     found = records()
@@ -95,7 +87,7 @@ def test_it_goes_on_after_its_scheduler_and_after_itself_was_killed(
 
     with process_of(command) as second:
         wait_for(lambda: records() >= found + 3, 300, second)
-        (scheduler,) = schedulers_of(second)
+        (scheduler,) = children_named("::scheduler", second.pid)
         scheduler.kill()
         assert second.wait(300) == 0
     answers, _ = undisturbed
@@ -116,7 +108,7 @@ def test_two_replicas_lose_nothing_when_one_is_killed(
 
     with process_of(command) as process:
         wait_for(lambda: output.exists() and output.read_bytes().count(b"\n") > 3, 300, process)
-        replicas = schedulers_of(process)
+        replicas = children_named("::scheduler", process.pid)
         assert len(replicas) == 2
         replicas[1].kill()
         assert process.wait(400) == 0

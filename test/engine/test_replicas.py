@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import orjson
-import psutil
 import pytest
 import sglang as sgl
 
 import programs
 from engines import CONTEXT_LENGTH, flush, wait_until_whole
+from processes import children_named
 from programs import arguments
 from prompts import distinct_tokens, mixed_batch
 from sglang_batchllm.client.get_report import get_report
@@ -36,19 +36,12 @@ def replica_of(result: dict[str, Any]) -> int:
     return result["meta_info"]["dp_rank"]
 
 
-def process_of(name: str) -> psutil.Process:
-    return next(
-        process
-        for process in psutil.Process().children(recursive=True)
-        if name in process.name() or name in " ".join(process.cmdline())
-    )
-
-
 @pytest.fixture(scope="module", autouse=True)
 def quiet_afterwards(replicated_engine: Any) -> Iterator[None]:
     """The process before the replicas never sleeps, and the engine ends with the session."""
     yield
-    process_of("data_parallel_controller").suspend()
+    (controller,) = children_named("data_parallel_controller")
+    controller.suspend()
 
 
 def test_a_caller_may_choose_the_replica(replicated_engine):
@@ -315,7 +308,7 @@ def test_what_is_held_back_is_computed_once_too(replicated_engine, stock_engine,
 def test_a_replica_that_stands_still_leaves_its_groups_to_the_other(replicated_engine, handed_out):
     prompts = mixed_batch(240, seed=9)
     flush(replicated_engine)
-    scheduler = process_of("scheduler_DP0")
+    (scheduler,) = children_named("scheduler_DP0")
     scheduler.suspend()
     timer = threading.Timer(6, scheduler.resume)
     timer.start()

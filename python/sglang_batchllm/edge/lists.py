@@ -209,7 +209,7 @@ class ListIntake(SampledLists):
 
     def due(self, tokenized: Any) -> list[Any]:
         ready = super().due(tokenized)
-        if self.replicas is not None and len(ready) > 1:
+        if self.replicas is not None and len(ready) > 1 and not self.gather:
             self.replicas.spread_now(ready)
         return ready
 
@@ -283,7 +283,7 @@ class ListIntake(SampledLists):
         if not isinstance(obj, BatchTokenizedGenerateReqInput):
             yield obj
         elif self.replicas is None:
-            yield packed(obj, self._parts.pop(str(obj.batch[0].rid), None))
+            yield packed(obj, self._parts.pop(str(obj.batch[0].rid), None), gather=self.gather)
         else:
             for requests, shard, held in self.replicas.shards(obj.batch):
                 if shard is None:

@@ -31,7 +31,7 @@ class PackedList(BaseReq, kw_only=True):
     tokens: the token ids of all prompts, one after the other, of the NumPy type `dtype`. lengths:
     of each prompt. common: the value of a field that is equal for all. columns: the values of the
     others, one for each request. part: of a list that comes in several. shard: of one that goes to
-    several replicas.
+    several replicas. gather: they are to be planned with what other calls send.
     """
 
     tokens: bytes
@@ -41,14 +41,18 @@ class PackedList(BaseReq, kw_only=True):
     columns: dict[str, list[Any]]
     part: Part | None = None
     shard: Shard | None = None
+    gather: bool = False
 
 
 def packed(
-    batch: BatchTokenizedGenerateReqInput, part: Part | None = None, shard: Shard | None = None
+    batch: BatchTokenizedGenerateReqInput,
+    part: Part | None = None,
+    shard: Shard | None = None,
+    gather: bool = False,
 ) -> PackedList | BatchTokenizedGenerateReqInput:
     """The list in less space; as it is where prompts are more than token ids, or where messages are
     no pickles. part: of a longer list, for which neither is the case. shard: of one that goes to
-    several replicas."""
+    several replicas. gather: see `PackedList`."""
     requests: list[TokenizedGenerateReqInput] = batch.batch
     if not _USE_PICKLE_IPC:
         return batch
@@ -80,6 +84,7 @@ def packed(
         columns=columns,
         part=part,
         shard=shard,
+        gather=gather,
     )
 
 

@@ -17,13 +17,16 @@ from sglang_batchllm.edge.answers import SharedAnswers
 
 class Samples:
     """What SGLang sends for one call: a request for each prompt, which is left out here, and then
-    the samples, which go together. Those of a single prompt go by themselves, to be gathered with
-    the samples of other calls."""
+    the samples, which go together.
+
+    gather: they are those of a single prompt, to be planned with the samples of other calls.
+    """
 
     def __init__(self, prompts: int, samples: int):
         """samples: of all prompts."""
+        self.gather = prompts == 1
         self._first = prompts
-        self._missing = samples if prompts > 1 else 0
+        self._missing = samples
         self._ready: list[Any] = []
         self._left_out: set[str] = set()
 
@@ -33,8 +36,6 @@ class Samples:
             self._first -= 1
             self._left_out.add(tokenized.rid)
             return []
-        if not self._missing:
-            return [tokenized]
         self._missing -= 1
         self._ready.append(tokenized)
         ready: list[Any] = []
@@ -71,6 +72,12 @@ class SampledLists(SharedAnswers):
     def due(self, tokenized: Any) -> list[Any]:
         samples = _OPEN.get()
         return [tokenized] if samples is None else samples.due(tokenized)
+
+    @property
+    def gather(self) -> bool:
+        """Whether the list that is sent now is to be planned with what other calls send."""
+        samples = _OPEN.get()
+        return samples is not None and samples.gather
 
     def left_out(self, rid: str) -> bool:
         """Whether the request was never sent; it is forgotten then."""

@@ -145,6 +145,9 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._policy.release_texts(recv_req.batch, recv_req.programs)
 
     def packed_list_arrived(self, recv_req: PackedList) -> None:
+        if recv_req.gather:
+            super().handle_batch_generate_request(unpacked(recv_req))
+            return
         self._part, self._shard = recv_req.part, recv_req.shard
         try:
             with self._garbage.made_for_long():
