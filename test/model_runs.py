@@ -20,6 +20,7 @@ CHUNK = 48
 OUTPUT = 12
 LONG_OUTPUT = 3 * WINDOW
 SCORED = 12
+FIRST_TURN = [9, *range(420, 450)]
 
 
 def greedy(tokens: int) -> dict[str, Any]:
@@ -115,6 +116,7 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
             sampling = greedy(LONG_OUTPUT if wide else OUTPUT)
             keep(name, engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids))
         keep("aborted", _aborted(engine))
+        keep("turns", _turns(engine))
         if sees:
             texts, images = zip(*questions(), strict=True)
             sent = [*map(_sent, images)]
@@ -158,6 +160,27 @@ def _aborted(engine: Any) -> list[dict[str, Any]]:
         return await task
 
     return engine.loop.run_until_complete(ask())
+
+
+def _turns(engine: Any) -> list[dict[str, Any]]:
+    """Two turns of a conversation, the first beside a list. Nobody can know where it ends."""
+    short = [[*FIRST_TURN[:9], last] for last in range(20, 24)]
+    (answer,) = engine.generate(input_ids=[FIRST_TURN], sampling_params=greedy(OUTPUT))
+    flush(engine)
+    stop = {**greedy(OUTPUT), "ignore_eos": False, "stop_token_ids": answer["output_ids"][3:4]}
+
+    async def ask() -> Any:
+        beside = asyncio.ensure_future(
+            engine.async_generate(input_ids=short, sampling_params=greedy(3 * OUTPUT))
+        )
+        await asyncio.sleep(0.1)
+        first = await engine.async_generate(input_ids=FIRST_TURN, sampling_params=stop)
+        await beside
+        return first
+
+    first = engine.loop.run_until_complete(ask())
+    second = [*FIRST_TURN, *first["output_ids"], 8, 9]
+    return [first, engine.generate(input_ids=second, sampling_params=greedy(OUTPUT))]
 
 
 def expected_logprobs(model: Path, prompts: list[list[int]]) -> list[list[float]]:

@@ -173,10 +173,14 @@ def test_what_recurrent_state_does_not_go_with(recurrent_model, options, named):
         decided(BatchLLMServerArgs(model_path=recurrent_model, batchllm=True, **options))
 
 
-def test_recurrent_state_is_kept_without_buffers_and_overlap(recurrent_model):
-    args = decided(BatchLLMServerArgs(model_path=recurrent_model, batchllm=True))
+@pytest.mark.parametrize("asked", [False, True])
+def test_recurrent_state_is_kept_without_buffers_and_steps_overlap(recurrent_model, asked):
+    args = BatchLLMServerArgs(
+        model_path=recurrent_model, batchllm=True, disable_overlap_schedule=asked
+    )
+    args = decided(args)
     assert args.mamba_radix_cache_strategy == "no_buffer"
-    assert args.disable_overlap_schedule
+    assert args.disable_overlap_schedule == asked
 
 
 def decided(args: BatchLLMServerArgs) -> Any:

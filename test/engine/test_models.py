@@ -12,6 +12,7 @@ import pytest
 from engines import AMPLE, CONTEXT_LENGTH, VOCAB_SIZE
 from model_runs import (
     CHUNK,
+    FIRST_TURN,
     LONG_OUTPUT,
     OUTPUT,
     SCORED,
@@ -118,6 +119,12 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
         if index % 3:
             assert one["output_ids"] == results["mixed"][index]["output_ids"]
     assert reports["aborted"]["batches"][-1]["aborted"] > 0
+
+    first, second = results["turns"]
+    prompts = [FIRST_TURN, [*FIRST_TURN, *first["output_ids"], 8, 9]]
+    outputs = [first["output_ids"], second["output_ids"]]
+    assert len(outputs[0]) <= 4 and outputs == expected_next(model, prompts, outputs)
+    assert second["computed"] == 3  # no KV of the token that ended the first turn
 
     for report in reports.values():
         windows = report.get("window_kv_tokens")

@@ -85,6 +85,8 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
         ),
     ] = None
 
+    _overlaps = False  # steps of a model with recurrent state
+
     @staticmethod
     def prepare_process() -> None:
         """What else this process needs for ``batchllm``; `plugin.py` says what, and sets it."""
@@ -100,6 +102,8 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
             seam.set_attention_backend(self, cpu.ATTENTION)  # some models ask for kernels of a GPU
         if self.batchllm and self.model_path.lower() not in ("none", "dummy"):
             self._refuse_unsupported_model()
+            if self._overlaps:
+                seam.overlap(self)
             if self._wants_fused_attention():
                 # Only now, so that SGLang has chosen everything else as it would without us.
                 seam.set_decode_backend(self, ATTENTION_BACKEND)
@@ -107,7 +111,8 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
 
     def before_recurrent_cache(self) -> None:
         """A state is kept where a plan's prompts branch, after the pass that ends there: SGLang's
-        strategy without buffers for its own guesses, which goes with no overlap."""
+        strategy without buffers for its own guesses. SGLang takes that with no overlap alone; what
+        is kept here is copied in the pass's own stream, so steps overlap all the same."""
         if not self.batchllm or not has_recurrent_state(seam.model_config(self)):
             return
         strategy = self.mamba_radix_cache_strategy
@@ -138,6 +143,7 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
                     f"--batchllm does not support {flag} for a model with Mamba or "
                     f"linear-attention state; leave it out, since {reason}."
                 )
+        self._overlaps |= not seam.resolved(self).disable_overlap_schedule
         seam.keep_states_by_plan(self)
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import filterfalse
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from sglang_batchllm.edge.part_line import PartLine
 from sglang_batchllm.edge.queue_index import QueueIndex, without
 from sglang_batchllm.edge.ranks import Ranks
 from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
+from sglang_batchllm.edge.settling import SettlingScheduler
 from sglang_batchllm.edge.sliding import Sliding
 from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.parts import Part
@@ -56,7 +57,7 @@ SCORED_STEP = "batchllm_scored_step"
 """An attribute of a pass's result."""
 
 
-class BatchLLMScheduler(seam.QueueingScheduler):
+class BatchLLMScheduler(SettlingScheduler):
     """Stands in for SGLang's Scheduler; without ``batchllm`` it makes one of SGLang's own.
 
     The waiting queue stays SGLang's, and holds every waiting request. For the moment in which
@@ -331,12 +332,16 @@ class BatchLLMScheduler(seam.QueueingScheduler):
         self._policy.make_room(lambda: batch.check_decode_mem(unfinished), decoding)
         return super().update_running_batch(batch)
 
+    def settles(self) -> bool:
+        return self._keeps_states and self._policy.keeps_ends()
+
     # Logprobs of prompts
 
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         result = self._run_scored(batch, *args, **kwargs)
         if self._keeps_states:
-            self._cache.keep_states()
+            with self.forward_stream_ctx if self.enable_overlap else nullcontext():
+                self._cache.keep_states()
         return result
 
     def _run_scored(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from sglang_batchllm.edge import seams
-from sglang_batchllm.edge.cache import PinnedGroups, next_branch
+from sglang_batchllm.edge.cache import PinnedGroups, next_branch, private_member
 from sglang_batchllm.policy.step import WindowPool
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ class WindowedGroups(UnifiedGroups):
 
 class RecurrentGroups(UnifiedGroups):
     """Where layers keep a state. A node has one only where a pass has ended; so of requests that
-    run nothing enters the tree but shared prefixes, each with a pass to its end."""
+    run nothing enters the tree but shared prefixes, each with a pass to its end. What they leave
+    would have to end with a state, too, which steps that overlap have moved on; see `settling`."""
 
     req_to_token_pool: Any
     mamba_evictable_size: Any
@@ -194,6 +196,9 @@ class RecurrentGroups(UnifiedGroups):
         free: int = self.req_to_token_pool.mamba_allocator.available_size()
         return free + self.mamba_evictable_size()
 
+    def keeps(self, req: Req) -> bool:
+        return private_member(req) is None and super().keeps(req)
+
     def next_pass(self, req: Req) -> tuple[int, int]:
         done = computed(req)
         whole = len(req.full_untruncated_fill_ids) - done
@@ -214,6 +219,9 @@ class RecurrentGroups(UnifiedGroups):
     def keep_states(self) -> None:
         """The pass has run: the states after prefixes that were published before it are there."""
         if self._states:
+            for one in chain.from_iterable(self._states):
+                if one.is_cuda:  # made on the scheduler's stream
+                    one.record_stream(torch.cuda.current_stream())
             sources, kept = map(torch.cat, zip(*self._states, strict=True))
             self.copy_states(sources, kept)
             self._states.clear()

@@ -108,14 +108,19 @@ def keeps_states(server_args: ServerArgs) -> bool:
 
 
 def keep_states_by_plan(server_args: ServerArgs) -> None:
-    """Choose SGLang's strategy without buffers for the states of layers that keep one; it goes
-    with no overlap."""
+    """Choose SGLang's strategy without buffers for the states of layers that keep one. SGLang takes
+    it with no overlap only, see `overlap`."""
     declare_resolution(
         server_args,
         "batchllm",
         mamba_radix_cache_strategy="no_buffer",
         disable_overlap_schedule=True,
     )
+
+
+def overlap(server_args: ServerArgs) -> None:
+    """Have steps overlap with their scheduling after SGLang has chosen everything."""
+    declare_resolution(server_args, "batchllm", disable_overlap_schedule=False)
 
 
 def set_decode_backend(server_args: ServerArgs, name: str) -> None:
