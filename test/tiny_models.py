@@ -156,6 +156,28 @@ FAMILIES = {
             "mamba_n_groups": 2,
         },
     ),
+    "Falcon-H1": Family(
+        "falcon_h1",
+        {
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 32,
+            "embedding_multiplier": 2.0,
+            "lm_head_multiplier": 0.5,
+            "key_multiplier": 0.5,
+            "attention_in_multiplier": 0.8,
+            "attention_out_multiplier": 0.9,
+            "mlp_multipliers": [0.9, 0.7],
+            "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2],
+            "ssm_in_multiplier": 1.25,
+            "ssm_out_multiplier": 0.75,
+        },
+        {},
+        recurrent=True,
+    ),
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "sliding_window": None}, {}),
     "DeepSeek-V2": Family(
         "deepseek_v2",
@@ -198,8 +220,10 @@ def make_model(
     those above."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.integrations import hub_kernels
     from transformers.utils import logging
 
+    hub_kernels._HUB_KERNEL_MAPPING.clear()  # some models would fetch theirs
     logging.disable_progress_bar()
     train_tokenizer(folder, [__doc__ or ""], vocab_size)
     made = FAMILIES[family]

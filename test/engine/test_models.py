@@ -124,7 +124,8 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
     prompts = [FIRST_TURN, [*FIRST_TURN, *first["output_ids"], 8, 9]]
     outputs = [first["output_ids"], second["output_ids"]]
     assert len(outputs[0]) <= 4 and outputs == expected_next(model, prompts, outputs)
-    assert second["computed"] == 3  # no KV of the token that ended the first turn
+    if family in RECURRENT:
+        assert second["computed"] == 3  # no state was kept after the token that ended it
 
     for report in reports.values():
         windows = report.get("window_kv_tokens")
