@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image, fromarray
 
-from engines import flush, wait_until_whole
+from engines import VOCAB_SIZE, flush, wait_until_whole
 from processes import in_scheduler, stock_scheduler
 from prompts import mixed_batch
 from tiny_models import PATCH, WINDOW
@@ -52,7 +52,7 @@ def questions() -> list[tuple[str, Image]]:
     return [(see + question, image) for question in asked for image in images]
 
 
-def _sent(image: Image) -> str:
+def _url(image: Image) -> str:
     file = BytesIO()
     image.save(file, "PNG")
     return "data:image/png;base64," + b64encode(file.getvalue()).decode()
@@ -83,7 +83,8 @@ def _tell_what_is_shared(path: str) -> None:
 def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
     """Sends {"results": of each batch by name, "reports": one for each, "shared": what decodes
     through shared prefixes, and whether the last layer's end is computed for samples alone,
-    "logprobs": of the first `SCORED` mixed prompts, without their first tokens}. sees: whether it
+    "logprobs": of the first `SCORED` mixed prompts, without their first tokens, "programs": see
+    `_programs`}. sees: whether it
     reads images."""
     from sglang.srt.entrypoints.engine import Engine
 
@@ -117,10 +118,11 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
             keep(name, engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids))
         keep("aborted", _aborted(engine))
         keep("turns", _turns(engine))
+        programs = _programs(engine)
         if sees:
             texts, images = zip(*questions(), strict=True)
-            sent = [*map(_sent, images)]
-            keep("images", engine.generate([*texts], greedy(OUTPUT), image_data=sent))
+            urls = [*map(_url, images)]
+            keep("images", engine.generate([*texts], greedy(OUTPUT), image_data=urls))
         scored = engine.generate(
             input_ids=batches()["mixed"][:SCORED],
             sampling_params=greedy(1),
@@ -134,7 +136,8 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
         flush(engine)
         keep("again", engine.generate(input_ids=batches()["mixed"], sampling_params=greedy(OUTPUT)))
         shared = told.read_text().split()
-        pipe.send({"results": results, "reports": reports, "shared": shared, "logprobs": logprobs})
+        sent = {"results": results, "reports": reports, "shared": shared, "logprobs": logprobs}
+        pipe.send(sent | {"programs": programs})
     finally:
         engine.shutdown()
 
@@ -181,6 +184,27 @@ def _turns(engine: Any) -> list[dict[str, Any]]:
     first = engine.loop.run_until_complete(ask())
     second = [*FIRST_TURN, *first["output_ids"], 8, 9]
     return [first, engine.generate(input_ids=second, sampling_params=greedy(OUTPUT))]
+
+
+def _programs(engine: Any) -> list[tuple[int, int]]:
+    """Programs that ask twice, where any token ends the first answer: of each, how long the first
+    prompt was, and how much of the second was in the cache."""
+    import sglang
+
+    from sglang_batchllm.edge.engine_backend import EngineBackend
+
+    def ask(s: Any, number: int) -> None:
+        s += f"{chr(65 + number)} is what row {number} begins with. Grade:"
+        s += sglang.gen("grade", max_tokens=OUTPUT, stop_token_ids=[*range(VOCAB_SIZE)])
+        s += " Why? " + sglang.gen("why", max_tokens=2)
+
+    rows = [{"number": number} for number in range(4)]
+    backend = EngineBackend(engine, "chatml")
+    states = sglang.function(ask).run_batch(rows, backend=backend, temperature=0)
+    wait_until_whole(engine)
+    flush(engine)
+    infos = [(state.get_meta_info("grade"), state.get_meta_info("why")) for state in states]
+    return [(first["prompt_tokens"], second["cached_tokens"]) for first, second in infos]
 
 
 def expected_logprobs(model: Path, prompts: list[list[int]]) -> list[list[float]]:

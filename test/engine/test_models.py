@@ -125,7 +125,9 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
     outputs = [first["output_ids"], second["output_ids"]]
     assert len(outputs[0]) <= 4 and outputs == expected_next(model, prompts, outputs)
     if family in RECURRENT:
-        assert second["computed"] == 3  # no state was kept after the token that ended it
+        assert second["computed"] <= 3  # of which one may be the token that ended the first
+    for asked, cached in sent["programs"]:
+        assert cached >= asked
 
     for report in reports.values():
         windows = report.get("window_kv_tokens")

@@ -333,7 +333,7 @@ class BatchLLMScheduler(SettlingScheduler):
         return super().update_running_batch(batch)
 
     def settles(self) -> bool:
-        return self._keeps_states and self._policy.keeps_ends()
+        return self._keeps_states and self._policy.texts_go_on()
 
     # Logprobs of prompts
 

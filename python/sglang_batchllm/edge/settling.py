@@ -1,8 +1,9 @@
 """Steps whose results are looked at before the next is chosen, although steps overlap.
 
-Recurrent state can't be taken back. Where the next step is launched before a request is known to
-have ended, the request's state has one token more than what is left of it in the cache. So while
-somebody runs whose end is to be kept, results come first, as without overlap.
+Of a request that ends at a stop token, the step that is launched before that is known takes the
+token into the recurrent state, which can't be taken back. A program goes on without the token, and
+would find no state to go on from. So while a request runs that a program is to continue, results
+come first, as without overlap.
 """
 
 from __future__ import annotations

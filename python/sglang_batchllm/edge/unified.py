@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -165,8 +166,8 @@ class WindowedGroups(UnifiedGroups):
 
 class RecurrentGroups(UnifiedGroups):
     """Where layers keep a state. A node has one only where a pass has ended; so of requests that
-    run nothing enters the tree but shared prefixes, each with a pass to its end. What they leave
-    would have to end with a state, too, which steps that overlap have moved on; see `settling`."""
+    run nothing enters the tree but shared prefixes, each with a pass to its end. What the
+    requests of a list leave would need states, too, and nobody is known to go on from there."""
 
     req_to_token_pool: Any
     mamba_evictable_size: Any
@@ -178,7 +179,7 @@ class RecurrentGroups(UnifiedGroups):
 
     @abstractmethod
     def enter_with_state(self, req: Req) -> None:
-        """Have the tree take what has slots of the request, with a copy of its state."""
+        """Have the tree take what has slots of the request, and copy its state."""
 
     @abstractmethod
     def slot_of(self, req: Req) -> torch.Tensor:
@@ -209,8 +210,8 @@ class RecurrentGroups(UnifiedGroups):
         end, in_tree = self.reach(req)
         if end != next_branch(req):
             return in_tree
-        # This copies the state, too, which the pass has yet to compute.
-        self.enter_with_state(req)
+        with _without_copying(self.req_to_token_pool.mamba_pool):
+            self.enter_with_state(req)
         kept = self.tree_core.get_component_device_value(req.last_node, ComponentType.MAMBA)
         assert kept is not None
         self._states.append((self.slot_of(req), kept))
@@ -225,6 +226,17 @@ class RecurrentGroups(UnifiedGroups):
             sources, kept = map(torch.cat, zip(*self._states, strict=True))
             self.copy_states(sources, kept)
             self._states.clear()
+
+
+@contextmanager
+def _without_copying(states: Any) -> Iterator[None]:
+    """Slots are taken and nothing is copied to them: the pass has yet to compute it, and the step
+    before may still run."""
+    states.copy_from = lambda *_: None
+    try:
+        yield
+    finally:
+        del states.copy_from
 
 
 def less(freed: EvictResult, params: EvictParams) -> EvictParams:

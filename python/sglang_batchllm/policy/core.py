@@ -348,10 +348,9 @@ class BatchPolicy:
         batch = None if member is None else member.batch
         return batch is None or batch.keeps(request, self._pressed)
 
-    def keeps_ends(self) -> bool:
-        """Whether a request runs that is in no list, or that others continue."""
-        batches = (member.batch for member in self._running.members)
-        return any(batch is None or not batch.private for batch in batches)
+    def texts_go_on(self) -> bool:
+        """Whether a request runs whose text a program is expected to continue."""
+        return bool(self._running.kept.any())
 
     def ended(self, request: Request, end: End | None, text: array[int] | None = None) -> None:
         """The request has given its KV back, if it had any: it has ended, or (None) was retracted.
