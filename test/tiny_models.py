@@ -178,6 +178,39 @@ FAMILIES = {
         {},
         recurrent=True,
     ),
+    "Kimi-Linear": Family(
+        "kimi_linear",
+        {
+            "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2),
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "routed_scaling_factor": 1.0,  # SGLang's experts in torch leave it out
+        },
+        {},
+        recurrent=True,
+        published={
+            "layer_types": None,
+            "mlp_layer_types": None,
+            "mla_use_nope": True,
+            "first_k_dense_replace": 1,
+            "moe_router_activation_func": "sigmoid",
+            "linear_attn_config": {
+                "kda_layers": [1, 3],  # counted from 1
+                "full_attn_layers": [2, 4],
+                "head_dim": 16,
+                "num_heads": 4,
+                "short_conv_kernel_size": 4,
+            },
+        },
+    ),
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "sliding_window": None}, {}),
     "DeepSeek-V2": Family(
         "deepseek_v2",
@@ -241,7 +274,7 @@ def make_model(
         for name, weight in model.named_parameters():
             if name.endswith("sinks"):
                 weight.copy_(torch.randn_like(weight).bfloat16())  # as SGLang keeps them
-            elif weight.dim() > 1 and "embed" not in name:
+            elif weight.dim() > 1 and "embed" not in name and "A_log" not in name:
                 weight.mul_(4.0)  # far from ties, and so that attention tells tokens apart
     model.save_pretrained(folder)
     if made.published:
@@ -257,11 +290,14 @@ def _write_as_published(folder: Path, published: Mapping[str, Any]) -> None:
     dropped = {name for name, x in published.items() if x is None}
     written.write_text(json.dumps({name: config[name] for name in config.keys() - dropped}))
     weights = load_file(folder / "model.safetensors")
-    # One release of transformers leaves out an s of Nemotron-H.
-    weights = {
-        name.replace("backbone.embedding.", "backbone.embeddings."): x
-        for name, x in weights.items()
-    }
+    # Releases of transformers leave out an s of Nemotron-H, and call Kimi's dense layers sparse.
+    misnamed = {"backbone.embedding.": "backbone.embeddings."}
+    for part in ("gate", "up", "down"):
+        misnamed[f"block_sparse_moe.{part}_proj."] = f"mlp.{part}_proj."
+    for name in [*weights]:
+        for wrong, right in misnamed.items():
+            if wrong in name:
+                weights[name.replace(wrong, right)] = weights.pop(name)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

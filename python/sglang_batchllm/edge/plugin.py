@@ -105,24 +105,41 @@ def _add_cpu_attention() -> None:
         _apply_hooks()
 
 
-def _add_cpu_linear_attention() -> None:
+def _add_cpu_gated_delta() -> None:
     from sglang_batchllm.edge.platform import cpu
 
     if cpu.is_active():
-        from sglang_batchllm.edge.platform.gates import gated_norm
-        from sglang_batchllm.edge.platform.linear_attention import CpuGatedDeltaNet
+        from sglang_batchllm.edge.platform.gated_delta import CpuGatedDeltaNet
 
         _hook(
             "replace",
             "srt.layers.attention.linear.gdn_backend.GDNAttnBackend",
             CpuGatedDeltaNet,
         )
-        for norm in (
-            "kernels.ops.attention.fla.fused_norm_gate.FusedRMSNormGated.forward",
-            "kernels.ops.attention.fla.layernorm_gated.RMSNorm.forward",
-        ):
-            _hook("around", norm, gated_norm)
+        _hook_cpu_norms()
         _apply_hooks()
+
+
+def _add_cpu_kimi_delta() -> None:
+    from sglang_batchllm.edge.platform import cpu
+
+    if cpu.is_active():
+        from sglang_batchllm.edge.platform.kimi_delta import CpuKimiDelta
+
+        _hook("replace", "srt.layers.attention.linear.kda_backend.KDAAttnBackend", CpuKimiDelta)
+        _hook_cpu_norms()
+        _apply_hooks()
+
+
+@functools.cache
+def _hook_cpu_norms() -> None:
+    from sglang_batchllm.edge.platform.gates import gated_norm
+
+    for norm in (
+        "kernels.ops.attention.fla.fused_norm_gate.FusedRMSNormGated.forward",
+        "kernels.ops.attention.fla.layernorm_gated.RMSNorm.forward",
+    ):
+        _hook("around", norm, gated_norm)
 
 
 def _add_cpu_mamba() -> None:
@@ -297,7 +314,8 @@ _FOLLOWED: dict[str, Callable[[], None]] = {
     "sglang.srt.mem_cache.registry": _add_cache,
     "sglang.srt.layers.attention.attention_registry": _add_attention,
     "sglang.srt.layers.attention.torch_native_backend": _add_cpu_attention,
-    "sglang.srt.layers.attention.linear.gdn_backend": _add_cpu_linear_attention,
+    "sglang.srt.layers.attention.linear.gdn_backend": _add_cpu_gated_delta,
+    "sglang.srt.layers.attention.linear.kda_backend": _add_cpu_kimi_delta,
     "sglang.srt.layers.attention.hybrid_linear_attn_backend": _add_cpu_mamba,
     "sglang.kernels.ops.elementwise.elementwise": _add_cpu_gates,
     "sglang.srt.mem_cache.kv_cache_configurator": _size_pools,
