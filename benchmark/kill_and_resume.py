@@ -69,8 +69,8 @@ def kill(kind: str, process: subprocess.Popen[bytes]) -> bool:
     """Returns whether there was anything to kill."""
     if kind == "scheduler":
         schedulers = children_named("scheduler", process.pid)
-        for scheduler in schedulers[:1]:
-            scheduler.kill()
+        if schedulers:
+            schedulers[0].kill()
         return bool(schedulers)
     victims = children_named("", process.pid) if kind == "everything" else []
     process.kill()

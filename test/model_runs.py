@@ -84,8 +84,7 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
     """Sends {"results": of each batch by name, "reports": one for each, "shared": what decodes
     through shared prefixes, and whether the last layer's end is computed for samples alone,
     "logprobs": of the first `SCORED` mixed prompts, without their first tokens, "programs": see
-    `_programs`}. sees: whether it
-    reads images."""
+    `_programs`}. sees: whether it reads images."""
     from sglang.srt.entrypoints.engine import Engine
 
     class TellingEngine(Engine):
