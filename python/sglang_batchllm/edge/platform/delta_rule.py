@@ -6,6 +6,7 @@ with a decay for each key dim, as Kimi Linear has it (arXiv 2510.26692).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -18,28 +19,22 @@ NORM_EPSILON = 1e-6
 """Of queries and keys, whose length is 1 in every such layer."""
 
 
-class DeltaNet:
+class DeltaNet(ABC):
     """Layers of the delta rule, in torch and float32. State slots hold, of each layer, the last
     inputs of the convolution and the state, [value heads, value dim, key dim]."""
 
     req_to_token_pool: Any
     forward_metadata: Any
 
+    @abstractmethod
     def inputs_before(self, conv: torch.Tensor) -> torch.Tensor:
         """The last inputs of a request's convolution as [channels, width - 1]. conv: its slot."""
-        raise NotImplementedError
 
-    def forward_extend(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self._run(*args, **options)
-
-    def forward_decode(self, *args: Any, **options: Any) -> torch.Tensor:
-        return self._run(*args, **options)
-
-    def _run(
+    def forward_extend(
         self,
         layer: Any,
         forward_batch: ForwardBatch,
-        mixed_qkv: torch.Tensor,
+        mixed_qkv: Any,
         a: torch.Tensor,
         b: torch.Tensor,
         **_: Any,
@@ -73,6 +68,8 @@ class DeltaNet:
                 _delta_rule(q * layer.head_k_dim**-0.5, k, v, decay, rate, states.temporal[slot])
             )
         return torch.cat(outputs).to(mixed_qkv.dtype)[None]
+
+    forward_decode = forward_extend
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

@@ -38,13 +38,13 @@ class QueueingScheduler(Scheduler):
     ) -> NextBatchPlan:
         """Requests that end with their prefill step enter no decode step, although its result is
         known only after the next step has been launched."""
-        if self.enable_overlap and last_batch is not None and last_batch.forward_mode.is_extend():
+        in_flight = self.result_queue[0][0].reqs if self.enable_overlap and last_batch else ()
+        if last_batch is not None and in_flight and last_batch.forward_mode.is_extend():
             in_chunks = (self.chunked_req, last_batch.chunked_req)
-            in_flight = set(self.result_queue[0][0].reqs)
             going_on = [
                 index
                 for index, req in enumerate(last_batch.reqs)
-                if req in in_chunks or req not in in_flight or not _ends(req)
+                if req in in_chunks or not _ends(req)
             ]
             if len(going_on) < len(last_batch.reqs):
                 last_batch.filter_batch(keep_indices=going_on)
