@@ -2,10 +2,11 @@
 
     python benchmark/bench_offline.py --model PATH --cases M1 M5 M6 --sides fused stock --out FILE
 
-Sides: stock SGLang, and --batchllm with fused and with native attention. Each side runs in a
-process of its own per KV pool size, one after the other on the same GPU, and all its cases in
-that process, each after a warm-up batch of the same shape with other tokens. Stock SGLang runs
-every case twice, prompts shuffled and prompts sorted by group, and is quoted at the better.
+Sides: stock SGLang with and without its prefix cache, and --batchllm with fused and with native
+attention. Each side runs in a process of its own per KV pool size, one after the other on the same
+GPU, and all its cases in that process, each after a warm-up batch of the same shape with other
+tokens. Stock SGLang (with its cache) runs every case twice, prompts shuffled and prompts sorted by
+group, and is quoted at the better.
 Whatever is not named here is as SGLang has it by default, on every side: prefill runs in CUDA
 graphs where SGLang does that. FILE keeps what other commands have put there of other cases, sides
 and orders, and is written after each run. `--load-format dummy` takes random weights: outputs are
@@ -36,6 +37,7 @@ SIDES = {
     "fused": {"batchllm": True, "batchllm_attention": "fused"},
     "native": {"batchllm": True, "batchllm_attention": "native"},
     "stock": {},
+    "uncached": {"disable_radix_cache": True},
 }
 
 ENGINE_OPTIONS = {"skip_tokenizer_init": True, "log_level": "error"}
@@ -158,7 +160,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, help=f"model folder, or the shapes of one of {', '.join(SHAPES)}"
     )
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES)[:3])
     parser.add_argument("--steps", type=Path, help="record every forward step in this file")
     parser.add_argument("--out", type=Path, help="put the rows into this file")
     parser.add_argument("--load-format", default="dummy")
