@@ -40,6 +40,8 @@ SIDES = {
     "uncached": {"disable_radix_cache": True},
 }
 
+ORDERS = ("shuffled", "grouped")
+
 ENGINE_OPTIONS = {"skip_tokenizer_init": True, "log_level": "error"}
 
 
@@ -47,10 +49,11 @@ def run_side(
     options: dict[str, Any],
     cases: Sequence[Batch],
     side: str,
+    orders: Sequence[str],
     steps: bool,
     pipe: Any,
 ) -> None:
-    """Start an engine, run `cases`, send one result per run through `pipe`."""
+    """Start an engine, run `cases`, send one result per run through `pipe`. orders: stock's."""
     from sglang.srt.entrypoints.engine import Engine
 
     steps_file = Path(tempfile.mkdtemp()) / "steps"
@@ -64,8 +67,7 @@ def run_side(
             warm_up = case.prompts(vocab_size, seed=1)[: max(case.requests // 8, 1)]
             sampling = sampling_of(case, case.output, vocab_size)
             engine.generate(input_ids=warm_up, sampling_params=sampling)
-            orders = ["shuffled", "grouped"] if side == "stock" else ["shuffled"]
-            for order in orders:
+            for order in orders if side == "stock" else ["shuffled"]:
                 pairs = list(zip(case.prompts(vocab_size), case.outputs(), strict=True))
                 if order == "grouped":
                     pairs.sort()
@@ -144,7 +146,7 @@ def run_all(args: argparse.Namespace, cases: Sequence[Batch]) -> list[dict[str, 
         for side in args.sides:
             of_pool = {**options, "max_total_tokens": kv_tokens}
             recording = args.steps is not None
-            for result in results_of(run_side, of_pool, same_pool, side, recording):
+            for result in results_of(run_side, of_pool, same_pool, side, args.orders, recording):
                 if recording:
                     recorded.append({**result})
                     args.steps.write_text(json.dumps(recorded))
@@ -161,6 +163,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         "--model", required=True, help=f"model folder, or the shapes of one of {', '.join(SHAPES)}"
     )
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES)[:3])
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS, help="of stock")
     parser.add_argument("--steps", type=Path, help="record every forward step in this file")
     parser.add_argument("--out", type=Path, help="put the rows into this file")
     parser.add_argument("--load-format", default="dummy")

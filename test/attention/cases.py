@@ -73,11 +73,13 @@ def make_tree_batch(
     seed: int = 0,
     page_size: int = 1,
     padding: int = 0,
+    rope_dim: int = 0,
 ) -> Batch:
     """paths: of each request, the nodes that it shares, outermost first, as name and tokens, and
     its own tokens; ``padding`` rows of one token follow.
 
-    Requests are in random order, and slots too, in whole pages.
+    Requests are in random order, and slots too, in whole pages. With rope_dim, keys are values and
+    so many elements more.
     """
     gen = torch.Generator().manual_seed(seed)
     members = len(paths)
@@ -119,10 +121,12 @@ def make_tree_batch(
         index = torch.cat([index, torch.zeros(1, dtype=torch.long)])
     caches = []
     for _ in range(2):
-        cache = torch.full((num_slots, num_kv_heads, head_dim), torch.nan)
-        cache[index] = torch.randn(len(index), num_kv_heads, head_dim, generator=gen)
+        cache = torch.full((num_slots, num_kv_heads, head_dim + rope_dim), torch.nan)
+        cache[index] = torch.randn(len(index), *cache.shape[1:], generator=gen)
         caches.append(cache.to(kv_dtype or dtype).to(device))
-    q = torch.randn(len(rows), num_kv_heads * ratio, head_dim, generator=gen).to(dtype)
+    if rope_dim:
+        caches[1] = caches[0][..., :head_dim]
+    q = torch.randn(len(rows), num_kv_heads * ratio, head_dim + rope_dim, generator=gen).to(dtype)
     return Batch(
         q.to(device),
         caches[0],
@@ -147,8 +151,8 @@ def make_fused(
     part_tokens: int = 0,
     wide_tokens: int = 12,
 ) -> FusedDecode:
-    num_heads, head_dim = batch.q.shape[1:]
-    num_kv_heads = batch.k_cache.shape[1]
+    num_heads, key_dim = batch.q.shape[1:]
+    num_kv_heads, head_dim = batch.v_cache.shape[1:]
     lanes = triton.next_power_of_2(num_heads // num_kv_heads)
     configs = config if isinstance(config, KernelConfigs) else KernelConfigs(config, config)
     config = configs.few
@@ -169,7 +173,14 @@ def make_fused(
         batch.q.device,
     )
     return FusedDecode(
-        configs, work, num_heads, num_kv_heads, head_dim, batch.q.dtype, batch.q.device
+        configs,
+        work,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        batch.q.dtype,
+        batch.q.device,
+        rope_dim=key_dim - head_dim,
     )
 
 
@@ -185,7 +196,7 @@ def run(fused: FusedDecode, batch: Batch, **kwargs: object) -> torch.Tensor:
         batch.req_to_token,
         batch.levels,
     )
-    out = torch.full_like(batch.q, torch.nan)
+    out = batch.q.new_full((*batch.q.shape[:2], fused.head_dim), torch.nan)
     fused(
         batch.q,
         batch.k_cache,

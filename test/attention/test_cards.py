@@ -30,6 +30,7 @@ class Heads(NamedTuple):
     kv_dtype: torch.dtype | None = None
     softcap: float = 0.0
     sinks: bool = False
+    rope_dim: int = 0
 
 
 HEADS = {
@@ -41,6 +42,8 @@ HEADS = {
     "phi": Heads(32, 1, 80, dtype=torch.float16),
     "falcon": Heads(1, 71, 64),
     "most of all": Heads(1, 64, 256),
+    "deepseek": Heads(1, 16, 512, rope_dim=64),
+    "deepseek, more heads": Heads(1, 32, 512, rope_dim=64),
     "float32": Heads(8, 4, 128, dtype=torch.float32),
     "float32, large": Heads(1, 16, 256, dtype=torch.float32),
 }
@@ -49,6 +52,7 @@ MOST_TELLING = [
     ("L4, L40S, RTX 4090", "llama"),
     ("L4, L40S, RTX 4090", "most of all"),
     ("H100, H200", "llama"),
+    ("H100, H200", "deepseek"),
     ("B200", "llama, e4m3"),
 ]
 MOST_TELLING_LISTS = [("L4, L40S, RTX 4090", 4096)]
@@ -77,16 +81,24 @@ def test_kernels_fit_the_card(
     stub = Driver(card)
     monkeypatch.setattr(driver, "_active", stub)
     batch = make_batch(
-        [(3, [1, 2])], heads.kv_heads, heads.ratio, heads.dim, heads.dtype, heads.kv_dtype
+        [(3, [1, 2])],
+        heads.kv_heads,
+        heads.ratio,
+        heads.dim,
+        heads.dtype,
+        heads.kv_dtype,
+        rope_dim=heads.rope_dim,
     )
-    configs = choose_configs(heads.dtype, heads.dim, heads.ratio, card.per_multiprocessor)
+    configs = choose_configs(
+        heads.dtype, heads.dim, heads.ratio, card.per_multiprocessor, heads.rope_dim
+    )
     for config in dict.fromkeys(configs):
         fused = make_fused(batch, config, num_programs=100 * config.programs_per_sm)
         fused(
             batch.q,
             batch.k_cache,
             batch.v_cache,
-            torch.empty_like(batch.q),
+            torch.empty_like(batch.q[..., : heads.dim]),
             batch.req_to_token,
             batch.scale,
             heads.softcap,

@@ -106,6 +106,12 @@ def test_members_beyond_what_the_list_holds_read_less_together() -> None:
         assert (shared[:, 4] + shared[:, 5]).max() <= members if len(shared) else True
 
 
+@pytest.mark.parametrize("ratio", [3, 16])
+def test_latent_attention(ratio: int) -> None:
+    batch = make_batch(RAGGED, 1, ratio, 32, rope_dim=16, padding=2)
+    assert relative_error(run(make_fused(batch), batch), batch.reference()) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("num_kv_heads", "ratio", "head_dim"), [(2, 1, 16), (1, 3, 80), (1, 7, 16), (8, 4, 16)]
 )

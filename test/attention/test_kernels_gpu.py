@@ -20,10 +20,13 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 def fused_for(batch: Batch, max_batch: int | None = None) -> FusedDecode:
-    heads, head_dim = batch.q.shape[1:]
+    heads, key_dim = batch.q.shape[1:]
+    kv_heads, head_dim = batch.v_cache.shape[1:]
     card = torch.cuda.get_device_properties(0)
     memory = card.shared_memory_per_multiprocessor
-    configs = choose_configs(batch.q.dtype, head_dim, heads // batch.k_cache.shape[1], memory)
+    configs = choose_configs(
+        batch.q.dtype, head_dim, heads // kv_heads, memory, rope_dim=key_dim - head_dim
+    )
     programs = [card.multi_processor_count * config.programs_per_sm for config in configs]
     return make_fused(batch, configs, *programs, max_batch=max_batch)
 
@@ -64,6 +67,12 @@ def test_head_shapes(dtype: torch.dtype, head_dim: int, num_kv_heads: int, ratio
 @pytest.mark.parametrize("ratio", [32, 71])
 def test_many_query_heads_on_one_kv_head(ratio: int) -> None:
     batch = make_batch(RAGGED, 1, ratio, 64, torch.bfloat16, device="cuda")
+    assert error_of(batch) < 1e-2
+
+
+@pytest.mark.parametrize("ratio", [10, 16, 32])
+def test_latent_attention(ratio: int) -> None:
+    batch = make_batch(RAGGED, 1, ratio, 512, torch.bfloat16, device="cuda", rope_dim=64)
     assert error_of(batch) < 1e-2
 
 

@@ -53,13 +53,21 @@ class KernelConfigs(NamedTuple):
 
 
 def choose_configs(
-    dtype: torch.dtype, head_dim: int, ratio: int, shared_memory: int = SHARED_MEMORY
+    dtype: torch.dtype,
+    head_dim: int,
+    ratio: int,
+    shared_memory: int = SHARED_MEMORY,
+    rope_dim: int = 0,
 ) -> KernelConfigs:
-    """For a model dtype, head dimension, query heads per KV head, and bytes of shared memory.
+    """For a model dtype, head dimension, query heads per KV head, bytes of shared memory, and what
+    a key has more elements than its value (`FusedDecode`).
 
     Large batches spend their time in the products of large groups, for which two programs of a
     multiprocessor with tiles twice as long are faster than three; small ones wait for memory.
     """
+    if rope_dim:
+        config = choose_latent_config(dtype, ratio)
+        return KernelConfigs(config, config)
     few = choose_config(dtype, head_dim, ratio, shared_memory)
     if few.programs_per_sm < 3:
         return KernelConfigs(few, few)
@@ -91,8 +99,19 @@ def choose_config(
     return KernelConfig(small, block_n, STAGES, large, block_n // 2, STAGES, 4, programs, registers)
 
 
+def choose_latent_config(dtype: torch.dtype, ratio: int) -> KernelConfig:
+    """Tile sizes for multi-head latent attention with 512 elements of value."""
+    lanes = next_power_of_2(ratio)
+    if dtype == torch.float32:
+        return KernelConfig(max(16, lanes), 16, 1, max(16, lanes), 16, 1, 4, 1)
+    return KernelConfig(max(16, lanes), 32, 3, max(64, lanes), 32, 3, 8, 1)
+
+
 class FusedDecode:
     """The kernel with its workspace, for one attention shape.
+
+    rope_dim: with multi-head latent attention, in its absorbed form, one KV head's value is the
+    latent, of `head_dim` elements, and its key is that and so many elements more; else 0.
 
     The workspace is parts [part capacity, query heads, head_dim] in the model's dtype, part_lse
     [part capacity, query heads] fp32 (base 2) and the queue's counter, which is 0 between
@@ -108,12 +127,14 @@ class FusedDecode:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        rope_dim: int = 0,
     ) -> None:
         self.configs = configs
         self.work = work
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.rope_dim = rope_dim
         # KV heads that fill a small query tile, and among whose keys a step of it divides evenly.
         few = configs.few
         room = few.block_m_small // next_power_of_2(num_heads // num_kv_heads)
@@ -141,10 +162,11 @@ class FusedDecode:
     ) -> torch.Tensor:
         """Attention of the batch in the work list, into ``out``.
 
-        q, out: [batch, query heads, head_dim], rows may be strided; k_cache, v_cache: [slots, KV
-        heads, head_dim], of any dtype that converts to q's; k_scale, v_scale: what a cached value
-        is to be multiplied by; req_to_token: int32 [rows, context]; softcap: 0 for none; sinks:
-        [query heads], a logit that takes part in the softmax's denominator only.
+        q: [batch, query heads, head_dim + rope_dim], out: [batch, query heads, head_dim], rows may
+        be strided; k_cache: [slots, KV heads, head_dim + rope_dim], v_cache: [slots, KV heads,
+        head_dim] (with a rope_dim not read), of any dtype that converts to q's; k_scale, v_scale:
+        what a cached value is to be multiplied by; req_to_token: int32 [rows, context]; softcap: 0
+        for none; sinks: [query heads], a logit that takes part in the softmax's denominator only.
         """
         config = self.configs.of(q.shape[0])
         work = self.work
@@ -178,6 +200,7 @@ class FusedDecode:
             RATIO=ratio,
             RATIO_P2=next_power_of_2(ratio),
             HEAD_DIM=self.head_dim,
+            ROPE_DIM=self.rope_dim,
             BLOCK_D=block_d,
             BLOCK_M_SMALL=config.block_m_small,
             BLOCK_N_SMALL=config.block_n_small,

@@ -20,6 +20,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _attend(
     q,
+    q_rope,
     k_ptr,
     v_ptr,
     slot_ptr,
@@ -29,6 +30,7 @@ def _attend(
     qk_scale,
     softcap_log2,
     HEAD_DIM: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -44,8 +46,9 @@ def _attend(
     q: [BLOCK_M, BLOCK_D]; k_ptr, v_ptr: the first KV head's first element at slot 0. With several
     KV heads, RATIO_P2 rows of the tile are of each, and BLOCK_N / KV_HEADS tokens are taken at a
     time, of which each row sees its own head's: what tensor cores compute in vain were else rows
-    of nobody. Returns the accumulator [BLOCK_M, BLOCK_D] and the row maximum and sum [BLOCK_M],
-    fp32.
+    of nobody. With ROPE_DIM, a key is its value and so many elements more, the latter for q_rope
+    [BLOCK_M, ROPE_DIM]. Returns the accumulator [BLOCK_M, BLOCK_D] and the row maximum and sum
+    [BLOCK_M], fp32.
     """
     TOKENS: tl.constexpr = BLOCK_N // KV_HEADS
     offs_n = tl.arange(0, BLOCK_N) // KV_HEADS
@@ -73,11 +76,18 @@ def _attend(
         if MASKED or HEAD_DIM != BLOCK_D:
             mask = valid[:, None] & (offs_d[None, :] < HEAD_DIM)
             k = tl.load(k_at, mask=mask, other=0.0)
-            v = tl.load(v_at, mask=mask, other=0.0)
         else:
             k = tl.load(k_at)
-            v = tl.load(v_at)
         logits = tl.dot(q, k.to(q.dtype).T, input_precision=PRECISION)
+        if ROPE_DIM > 0:
+            v = k
+            rope_at = k_ptr + row * stride_k + HEAD_DIM + tl.arange(0, ROPE_DIM)[None, :]
+            rope = tl.load(rope_at, mask=valid[:, None], other=0.0) if MASKED else tl.load(rope_at)
+            logits = tl.dot(q_rope, rope.to(q.dtype).T, logits, input_precision=PRECISION)
+        elif MASKED or HEAD_DIM != BLOCK_D:
+            v = tl.load(v_at, mask=mask, other=0.0)
+        else:
+            v = tl.load(v_at)
         if SOFTCAP:
             # softcap * tanh(x / softcap), with qk_scale and softcap both carrying log2(e).
             e = tl.exp2(logits * (qk_scale * (2.0 * LOG2_E) / softcap_log2))
@@ -184,6 +194,7 @@ def _run_item(
     RATIO: tl.constexpr,
     RATIO_P2: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -213,12 +224,16 @@ def _run_item(
         row_request = tl.load(member_ptr + lane, mask=lane < members, other=0)
         row_part = tl.load(part_base_ptr + row_request) + part
     mask = valid[:, None] & (offs_d[None, :] < HEAD_DIM)
-    q_at = row_request * stride_q + head * HEAD_DIM
-    q = tl.load(q_ptr + (q_at[:, None] + offs_d[None, :]), mask=mask, other=0.0)
+    q_at = q_ptr + (row_request * stride_q + head * (HEAD_DIM + ROPE_DIM))[:, None]
+    q = tl.load(q_at + offs_d[None, :], mask=mask, other=0.0)
+    q_rope = q
+    if ROPE_DIM > 0:
+        rope_at = q_at + HEAD_DIM + tl.arange(0, ROPE_DIM)[None, :]
+        q_rope = tl.load(rope_at, mask=valid[:, None], other=0.0)
     acc, row_max, row_sum = _attend(  # pyright: ignore[reportGeneralTypeIssues]
-        q, k_ptr + kv_head * HEAD_DIM, v_ptr + kv_head * HEAD_DIM, slot_ptr, num_tokens, stride_k,
-        stride_v, qk_scale, softcap_log2, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, SOFTCAP,
-        PRECISION, MASKED, KV_HEADS, RATIO_P2,
+        q, q_rope, k_ptr + kv_head * HEAD_DIM, v_ptr + kv_head * HEAD_DIM, slot_ptr, num_tokens,
+        stride_k, stride_v, qk_scale, softcap_log2, HEAD_DIM, ROPE_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+        STAGES, SOFTCAP, PRECISION, MASKED, KV_HEADS, RATIO_P2,
     )  # fmt: skip
     lse = row_max + tl.log2(row_sum)
     result = acc * (1.0 / tl.where(row_sum > 0.0, row_sum, 1.0))[:, None]
@@ -314,6 +329,7 @@ def fused_decode_kernel(
     RATIO: tl.constexpr,
     RATIO_P2: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M_SMALL: tl.constexpr,
     BLOCK_N_SMALL: tl.constexpr,
@@ -354,32 +370,32 @@ def fused_decode_kernel(
                 q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, own_slot_ptr,
                 member_ptr, part_base_ptr, tokens, first, members, part, kv_head, stride_q,
                 stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale, NUM_KV_HEADS,
-                RATIO, RATIO_P2, HEAD_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D, STAGES_SMALL,
-                SOFTCAP, SINKS, PRECISION, True, True, 1,
+                RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D,
+                STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, True, 1,
             )  # fmt: skip
         elif kind == KIND_WIDE:
             _run_item(
                 q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, own_slot_ptr,
                 member_ptr, part_base_ptr, tokens, first, members, part, kv_head, stride_q,
                 stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale, NUM_KV_HEADS,
-                RATIO, RATIO_P2, HEAD_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D, STAGES_SMALL,
-                SOFTCAP, SINKS, PRECISION, True, True, WIDE_HEADS,
+                RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D,
+                STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, True, WIDE_HEADS,
             )  # fmt: skip
         elif kind == KIND_SMALL:
             _run_item(
                 q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, slots_ptr + start,
                 member_ptr + first, part_base_ptr, tokens, first, members, part, kv_head,
                 stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale,
-                NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D,
-                STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, False, 1,
+                NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL,
+                BLOCK_D, STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, False, 1,
             )  # fmt: skip
         else:
             _run_item(
                 q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, slots_ptr + start,
                 member_ptr + first, part_base_ptr, tokens, first, members, part, kv_head,
                 stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale,
-                NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, BLOCK_M_LARGE, BLOCK_N_LARGE, BLOCK_D,
-                STAGES_LARGE, SOFTCAP, SINKS, PRECISION, False, False, 1,
+                NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_LARGE, BLOCK_N_LARGE,
+                BLOCK_D, STAGES_LARGE, SOFTCAP, SINKS, PRECISION, False, False, 1,
             )  # fmt: skip
         ticket = next_ticket
         kv_head, kind, row, start, tokens = kv_head_, kind_, row_, start_, tokens_

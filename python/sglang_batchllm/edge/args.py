@@ -14,10 +14,10 @@ from sglang.srt.utils import get_bool_env_var
 
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.model_kind import (
+    decodes_natively,
     has_compressed_attention,
     has_only_windows,
     has_recurrent_state,
-    is_mla,
     prefill_is_compiled,
 )
 from sglang_batchllm.edge.names import ATTENTION_BACKEND, CACHE_BACKEND
@@ -180,7 +180,7 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
         if self.batchllm_attention == "auto":
             decided = seam.resolved(self)
             chosen = decided.device != "cuda" or decided.decode_attention_backend is not None
-            return not chosen and not is_mla(seam.model_config(self))
+            return not chosen and not decodes_natively(seam.model_config(self), decided)
         return self.batchllm_attention == "fused"
 
     def _refuse_unsupported_flags(self) -> None:
@@ -228,8 +228,6 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
                 f"--batchllm does not support {kind} (--model-path {self.model_path}); "
                 "serve it without --batchllm."
             )
-        if is_mla(model):
-            logger.warning("--batchllm: an MLA model gets planning, pinning and order only.")
 
 
 def resolved(server_args: ServerArgs) -> Any:

@@ -25,8 +25,9 @@ from sglang_batchllm.attention.reference import shared_decode
 from sglang_batchllm.attention.worklist import BLOCKS, WorkList, WorkListConfig, next_power_of_2
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.fusable import (
-    attention_layers,
+    decoding_layers,
     full_attention_pool,
+    latent_dim,
     layer_refusal,
     model_refusal,
 )
@@ -81,22 +82,25 @@ class BatchLLMAttnBackend(AttentionBackend):
         self.dtype: torch.dtype = model_runner.dtype
         # SGLang divides K and V by a layer's scales when it writes them, where the cache has
         # another type than they have: only there are they to be multiplied when they are read.
-        self.scales_kv = full_attention_pool(self.token_to_kv_pool).dtype != self.dtype
+        pool = full_attention_pool(self.token_to_kv_pool)
+        self.scales_kv = pool.dtype != self.dtype
+        self.latent = latent_dim(pool)
         self.table = _table_of(self.req_to_token_pool)
         self.use_kernels = self.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
         self.num_rows = self.req_to_token.shape[0]
-        self.fused: dict[tuple[int, int, int], FusedDecode] = {}
+        self.fused: dict[tuple[int, int, int, int], FusedDecode] = {}
         refused: list[str] = []
-        layers = attention_layers(model_runner.model)
+        layers = decoding_layers(model_runner.model, pool)
         for layer in layers:
-            reason = layer_refusal(layer)
+            reason = layer_refusal(layer, self.latent)
             if reason is not None:
                 refused.append(reason)
             elif self.use_kernels:
                 self._fused_for(layer)
         # The native decode metadata costs host time each step: prepared only if a layer needs it.
         self.needs_native = bool(refused)
-        self.takes_mixed = not refused
+        # With latent attention the model computes other queries where a step prefills.
+        self.takes_mixed = not refused and self.latent is None
         self._native: AttentionBackend | None = None
         prefills = seam.prefill_backend(model_runner) in (None, ATTENTION_BACKEND)
         if refused or prefills:
@@ -239,9 +243,11 @@ class BatchLLMAttnBackend(AttentionBackend):
         sinks: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """One token per request. q: [batch, query heads * head_dim]; returns the same shape."""
+        """One token per request. q: [batch, query heads * head_dim]; returns [batch, query heads *
+        v_head_dim]."""
         if self.needs_native and (
-            layer_refusal(layer) is not None or any(value is not None for value in kwargs.values())
+            layer_refusal(layer, self.latent) is not None
+            or any(value is not None for value in kwargs.values())
         ):
             if sinks is not None:
                 kwargs["sinks"] = sinks
@@ -252,7 +258,7 @@ class BatchLLMAttnBackend(AttentionBackend):
         if save_kv_cache and k is not None:
             self._save_kv(k, v, layer, forward_batch)
         q = q.reshape(-1, layer.tp_q_head_num * layer.head_dim)  # some models have it in 4 axes
-        out = q.new_empty(q.shape)
+        out = q.new_empty(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
         self._decode(q, out, layer, forward_batch.req_pool_indices, forward_batch.seq_lens, sinks)
         return out
 
@@ -270,9 +276,9 @@ class BatchLLMAttnBackend(AttentionBackend):
     def _save_kv(
         self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> None:
-        self.token_to_kv_pool.set_kv_buffer(
-            layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale
-        )
+        scales = () if self.latent is not None else (layer.k_scale, layer.v_scale)
+        loc = KVWriteLoc(forward_batch.out_cache_loc)
+        self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, *scales)
 
     def _decode(
         self,
@@ -285,15 +291,16 @@ class BatchLLMAttnBackend(AttentionBackend):
     ) -> None:
         """Write the attention of q [batch, query heads * head_dim] over the cache into out."""
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        shape = (q.shape[0], layer.tp_q_head_num, layer.head_dim)
+        q = q.view(q.shape[0], layer.tp_q_head_num, layer.head_dim)
+        out = out.view(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         k_scale, v_scale = self._kv_scales(layer)
         softcap = layer.logit_cap or 0.0
         if self.use_kernels:
             self._fused_for(layer)(
-                q.view(shape),
+                q,
                 k_cache,
                 v_cache,
-                out.view(shape),
+                out,
                 self.req_to_token,
                 layer.scaling,
                 softcap,
@@ -303,7 +310,7 @@ class BatchLLMAttnBackend(AttentionBackend):
             )
             return
         result = shared_decode(
-            q.view(shape),
+            q,
             k_cache,
             v_cache,
             self.req_to_token,
@@ -315,7 +322,7 @@ class BatchLLMAttnBackend(AttentionBackend):
             softcap,
             sinks,
         )
-        out.view(shape).copy_(result * v_scale)
+        out.copy_(result * v_scale)
 
     def _kv_scales(self, layer: RadixAttention) -> tuple[float, float]:
         """What values in the cache are to be multiplied by, as host numbers."""
@@ -327,23 +334,24 @@ class BatchLLMAttnBackend(AttentionBackend):
     # -- buffers -------------------------------------------------------------------------------
 
     def _fused_for(self, layer: RadixAttention) -> FusedDecode:
-        shape = (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim)
+        rope_dim = layer.head_dim - layer.v_head_dim
+        shape = (layer.tp_q_head_num, layer.tp_k_head_num, layer.v_head_dim, rope_dim)
         if shape not in self.fused:
             self.fused[shape] = self._make_fused(*shape, self.num_rows)
         return self.fused[shape]
 
     def _make_fused(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, max_batch: int
+        self, num_heads: int, num_kv_heads: int, head_dim: int, rope_dim: int, max_batch: int
     ) -> FusedDecode:
         ratio = num_heads // num_kv_heads
         lanes = next_power_of_2(ratio)
         if self.device.type == "cuda":
             card = torch.cuda.get_device_properties(self.device)
             memory = card.shared_memory_per_multiprocessor
-            configs = choose_configs(self.dtype, head_dim, ratio, memory)
+            configs = choose_configs(self.dtype, head_dim, ratio, memory, rope_dim)
             programs = [card.multi_processor_count * c.programs_per_sm for c in configs]
         else:
-            configs = choose_configs(self.dtype, head_dim, ratio)
+            configs = choose_configs(self.dtype, head_dim, ratio, rope_dim=rope_dim)
             programs = [INTERPRETED_PROGRAMS] * 2
         work = WorkList(
             WorkListConfig(
@@ -364,7 +372,7 @@ class BatchLLMAttnBackend(AttentionBackend):
         rows = torch.zeros(min(self.num_rows, BLOCKS[1] + 1), dtype=torch.int64, device=self.device)
         self._build_list(work, rows, torch.ones_like(rows))
         return FusedDecode(
-            configs, work, num_heads, num_kv_heads, head_dim, self.dtype, self.device
+            configs, work, num_heads, num_kv_heads, head_dim, self.dtype, self.device, rope_dim
         )
 
 

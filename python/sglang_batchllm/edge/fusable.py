@@ -8,11 +8,23 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from sglang_batchllm.edge.args import resolved
+from sglang_batchllm.edge.model_kind import MOST_LATENT_HEADS
+
+LATENT_MEMORY = 160 * 1024
+"""Bytes of a multiprocessor's shared memory that tiles of 512 elements of latent take."""
 
 
-def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
-    """A model's attention layers, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+def decoding_layers(model: torch.nn.Module, pool: Any) -> list[RadixAttention]:
+    """A model's attention layers that decode, in the order of its modules. With latent attention
+    there are others beside them, for prefill from keys and values themselves."""
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    latent = latent_dim(pool)
+    return [layer for layer in layers if latent in (None, layer.v_head_dim)]
+
+
+def latent_dim(pool: Any) -> int | None:
+    """Elements of a token's latent in a `full_attention_pool` of multi-head latent attention."""
+    return getattr(pool, "kv_lora_rank", None)
 
 
 def full_attention_pool(pool: Any) -> Any:
@@ -20,15 +32,18 @@ def full_attention_pool(pool: Any) -> Any:
     return getattr(pool, "full_kv_pool", pool)
 
 
-def layer_refusal(layer: RadixAttention) -> str | None:
-    """Why a layer's decode can not be fused, or None."""
+def layer_refusal(layer: RadixAttention, latent: int | None) -> str | None:
+    """Why a layer's decode can not be fused, or None. latent: `latent_dim` of its pool."""
     if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
         return "sliding window"
     if layer.is_cross_attention:
         return "cross attention"
     if layer.attn_type == AttentionType.ENCODER_ONLY:
         return "encoder-only attention"
-    if layer.v_head_dim != layer.head_dim or layer.head_dim > 256:
+    if latent is not None:
+        if layer.tp_q_head_num > MOST_LATENT_HEADS:
+            return f"{layer.tp_q_head_num} query heads on one latent KV"
+    elif layer.v_head_dim != layer.head_dim or layer.head_dim > 256:
         return f"head dimensions {layer.head_dim} and {layer.v_head_dim}"
     if getattr(layer, "xai_temperature_len", -1) > 0:
         return "attention temperature"
@@ -42,8 +57,6 @@ def layer_refusal(layer: RadixAttention) -> str | None:
 def model_refusal(model_runner: Any) -> str | None:
     """Why nothing of a model's decode can be fused, or None."""
     args = resolved(model_runner.server_args)
-    if model_runner.use_mla_backend:
-        return "multi-head latent attention"
     if args.speculative_algorithm is not None:
         return "speculative decoding"
     if args.enable_deterministic_inference:
@@ -54,21 +67,29 @@ def model_refusal(model_runner: Any) -> str | None:
         return "an encoder-decoder model"
     pool = full_attention_pool(model_runner.token_to_kv_pool)
     # By name, not isinstance: the subclasses are other layouts, quantized or virtual.
-    if type(pool).__name__ != "MHATokenToKVPool":
+    if type(pool).__name__ not in ("MHATokenToKVPool", "MLATokenToKVPool"):
         return f"the KV pool {type(pool).__name__}"
     device = model_runner.req_to_token_pool.req_to_token.device
+    latent = latent_dim(pool)
+    if latent is not None:
+        if pool.dtype != model_runner.dtype:
+            return f"a KV cache of {pool.dtype} with multi-head latent attention"
+        if device.type == "cuda":
+            card = torch.cuda.get_device_properties(device)
+            if card.shared_memory_per_multiprocessor < LATENT_MEMORY:
+                return f"multi-head latent attention on {card.name}"
     if pool.dtype == torch.float8_e4m3fn and device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) < (8, 9):
             return f"an fp8_e4m3 KV cache on a GPU of compute capability {major}.{minor}"
-    if pool.is_quantized_kv_cache:
+    if latent is None and pool.is_quantized_kv_cache:
         return "a KV cache packed in blocks"
-    if pool.kv_cache_layout != "nhd":
+    if latent is None and pool.kv_cache_layout != "nhd":
         return f"the KV layout {pool.kv_cache_layout}"
-    layers = attention_layers(model_runner.model)
+    layers = decoding_layers(model_runner.model, pool)
     if not layers:
         return "a model without attention layers"
-    reasons = [layer_refusal(layer) for layer in layers]
+    reasons = [layer_refusal(layer, latent) for layer in layers]
     if all(reason is not None for reason in reasons):
         return str(reasons[0])
     return None
