@@ -48,8 +48,9 @@ class ForecastPrefillAdder(PrefillAdder):
                 result = super().add_one_req(req, has_chunked_req, *args, **kwargs)
         finally:
             seam.set_aside(self, guess)
-        # Behind a branch the step goes on; a chunk that SGLang has cut itself fills it.
-        return self.budget_state() if part is not None and self.new_chunked_req is req else result
+        # Behind a branch, or the end of a prompt, the step goes on.
+        taken = self.can_run_list and self.can_run_list[-1] is req
+        return self.budget_state() if part is not None and taken else result
 
     def add_chunked_req(self, req: Req) -> Req | None:
         _, part = self._cache.next_pass(req) or (0, None)
