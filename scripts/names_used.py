@@ -63,6 +63,9 @@ READ_FROM_OBJECTS = {
     "srt.mem_cache.memory_pool.MHATokenToKVPool": (
         "set_kv_buffer get_kv_buffer dtype size kv_cache_layout is_quantized_kv_cache"
     ),
+    "srt.mem_cache.memory_pool.MLATokenToKVPool": (
+        "set_kv_buffer get_kv_buffer dtype size kv_lora_rank"
+    ),
     "srt.mem_cache.radix_cache.RadixKey": "__init__",
     "srt.model_executor.forward_batch_info.ForwardBatch": (
         "forward_mode batch_size input_ids req_pool_indices seq_lens seq_lens_cpu seq_lens_sum "
@@ -72,7 +75,7 @@ READ_FROM_OBJECTS = {
         "multi_item_delimiter_indices"
     ),
     "srt.model_executor.model_runner.ModelRunner": (
-        "server_args req_to_token_pool token_to_kv_pool dtype model model_config use_mla_backend"
+        "server_args req_to_token_pool token_to_kv_pool dtype model model_config"
     ),
     "srt.mem_cache.allocator.swa.SWATokenToKVPoolAllocator": (
         "size_swa swa_available_size full_available_size"

@@ -14,6 +14,7 @@ from PIL.Image import Image, fromarray
 from engines import VOCAB_SIZE, flush, wait_until_whole
 from processes import in_scheduler, stock_scheduler
 from prompts import mixed_batch
+from steps import read_steps, record_steps
 from tiny_models import PATCH, WINDOW
 
 CHUNK = 48
@@ -30,7 +31,7 @@ def greedy(tokens: int) -> dict[str, Any]:
 def batches() -> dict[str, list[list[int]]]:
     """mixed: all kinds of sharing, by prefixes shorter and longer than a window. chain: each prompt
     is a prefix of the next. long: no prompt fits a chunk, and what they do not share is longer than
-    a window."""
+    a window. labels: two tokens each behind one prefix."""
     chain = [5, 4, *range(2, 182)]
     shared = [7, *range(300, 370)]
     tail = range(10, 10 + CHUNK + WINDOW)
@@ -38,6 +39,7 @@ def batches() -> dict[str, list[list[int]]]:
         "mixed": mixed_batch(48),
         "chain": [chain[:length] for length in range(182, 2, -4)],
         "long": [[*shared, first, *tail] for first in range(20, 26)],
+        "labels": [[8, *range(430, 470), first, 5] for first in range(20, 28)],
         "wide": [p for p in mixed_batch(80, seed=3) if len(p) > 2 * WINDOW][:12],
     }
 
@@ -85,8 +87,8 @@ def _tell_what_is_shared(path: str) -> None:
 def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
     """Sends {"results": of each batch by name, "reports": one for each, "shared": what decodes
     through shared prefixes, and whether the last layer's end is computed for samples alone,
-    "logprobs": of the first `SCORED` mixed prompts, without their first tokens, "programs": see
-    `_programs`}. sees: whether it reads images."""
+    "passes": prefill passes of each batch, "logprobs": of the first `SCORED` mixed prompts, without
+    their first tokens, "programs": see `_programs`}. sees: whether it reads images."""
     from sglang.srt.entrypoints.engine import Engine
 
     class TellingEngine(Engine):
@@ -94,11 +96,15 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
 
     told = Path(model) / "shared"
     in_scheduler(TellingEngine, _tell_what_is_shared, str(told))
+    steps = Path(model) / "steps"
+    steps.unlink(missing_ok=True)
+    record_steps(TellingEngine, steps)
     engine = TellingEngine(
         model_path=model, dtype="float32", sleep_on_idle=True, log_level="warning", **options
     )
     results: dict[str, Any] = {}
     reports: dict[str, Any] = {}
+    passes: dict[str, int] = {}
 
     def keep(name: str, answers: list[dict[str, Any]]) -> None:
         results[name] = [
@@ -109,6 +115,8 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
             for answer in answers
         ]
         reports[name] = wait_until_whole(engine)
+        prefills = sum(step.prefill_requests > 0 for step in read_steps(steps))
+        passes[name] = prefills - sum(passes.values())
         flush(engine)
 
     try:
@@ -138,7 +146,7 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
         keep("again", engine.generate(input_ids=batches()["mixed"], sampling_params=greedy(OUTPUT)))
         shared = told.read_text().split()
         sent = {"results": results, "reports": reports, "shared": shared, "logprobs": logprobs}
-        pipe.send(sent | {"programs": programs})
+        pipe.send(sent | {"programs": programs, "passes": passes})
     finally:
         engine.shutdown()
 

@@ -16,6 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from cases import Batch, make_batch, relative_error
 from sglang_batchllm.attention import get_group_table
+from sglang_batchllm.attention.reference import reference_decode
 from sglang_batchllm.edge.attention_backend import BatchLLMAttnBackend, create_batchllm_backend
 from sglang_batchllm.edge.fusable import model_refusal
 from sglang_batchllm.edge.mixed import select_backend
@@ -74,14 +75,17 @@ def make_runner(batch: Batch, layers: list[RadixAttention], **flags: Any) -> Any
             enable_deterministic_inference=False,
             dcp_size=1,
         ),
-        use_mla_backend=flags.get("use_mla_backend", False),
         model_config=SimpleNamespace(is_encoder_decoder=False),
         model=torch.nn.ModuleList(layers),
         req_to_token_pool=Pool(batch.req_to_token),
-        token_to_kv_pool=MHATokenToKVPool(batch.k_cache, batch.v_cache),
+        token_to_kv_pool=_pool(flags.get("pool", "MHATokenToKVPool"), batch),
         dtype=batch.q.dtype,
         device="cpu",
     )
+
+
+def _pool(name: str, batch: Batch) -> Any:
+    return type(name, (MHATokenToKVPool,), {})(batch.k_cache, batch.v_cache)
 
 
 def make_step(batch: Batch, mode: ForwardMode = ForwardMode.DECODE) -> Any:
@@ -153,7 +157,10 @@ def test_sliding_window_layers_are_native(batch: Batch, caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize(
     ("flags", "word"),
-    [({"use_mla_backend": True}, "latent"), ({"speculative_algorithm": "EAGLE"}, "speculative")],
+    [
+        ({"pool": "MHATokenToKVPoolFP4"}, "FP4"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative"),
+    ],
 )
 def test_refused_models_get_the_native_backend(
     batch: Batch, flags: dict[str, Any], word: str, caplog: pytest.LogCaptureFixture
@@ -162,6 +169,62 @@ def test_refused_models_get_the_native_backend(
         backend = make(batch, [make_layer()], **flags)
     assert isinstance(backend, TorchNativeAttnBackend)
     assert len([r for r in caplog.records if word in r.message]) == 1
+
+
+LATENT, ROPE = 32, 16
+
+
+class MLATokenToKVPool:
+    """As much of SGLang's pool of latents as a backend touches."""
+
+    kv_lora_rank = LATENT
+
+    def __init__(self, kv: torch.Tensor) -> None:
+        self.kv, self.size, self.dtype = kv, kv.shape[0], kv.dtype
+
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.kv, self.kv[..., :LATENT]
+
+    def set_kv_buffer(
+        self, layer: RadixAttention, loc: Any, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        self.kv[loc.loc] = k
+
+
+def latent_runner(batch: Batch, heads: int = HEADS) -> Any:
+    decoding = RadixAttention(heads, LATENT + ROPE, 0.2, 1, 0, v_head_dim=LATENT)
+    prefilling = RadixAttention(heads, 24, 0.2, heads, 0, v_head_dim=16)
+    runner = make_runner(batch, [decoding, prefilling])
+    runner.token_to_kv_pool = MLATokenToKVPool(batch.k_cache)
+    return runner
+
+
+def test_latent_attention() -> None:
+    batch = make_batch([(40, [1, 7, 9]), (0, [30])], 1, HEADS, LATENT, rope_dim=ROPE)
+    runner = latent_runner(batch)
+    backend = make_from(runner, batch)
+    assert isinstance(backend, BatchLLMAttnBackend)
+    assert not backend.needs_native and not backend.takes_mixed
+    step = make_step(batch)
+    k = batch.k_cache[step.out_cache_loc]
+    expected = reference_decode(
+        batch.q, batch.k_cache, batch.v_cache, batch.req_to_token, batch.rows, batch.seq_lens, 0.2
+    )
+    batch.k_cache[step.out_cache_loc] = torch.nan
+    backend.init_forward_metadata(step)
+    out = backend.forward_decode(batch.q.flatten(1), k, k, runner.model[0], step)
+    assert relative_error(out.view(expected.shape), expected) < 1e-5
+
+
+def test_latent_attention_is_native_where_sharing_gains_nothing() -> None:
+    batch = make_batch([(2, [1, 1])], 1, 64, LATENT, rope_dim=ROPE)
+    assert "64 query heads" in (model_refusal(latent_runner(batch, heads=64)) or "")
+    runner = latent_runner(batch)
+    runner.server_args.attention_backend = "trtllm_mla"
+    assert "trtllm_mla" in (model_refusal(runner) or "")
+    runner = latent_runner(batch)
+    runner.token_to_kv_pool.dtype = torch.float8_e4m3fn
+    assert "float8_e4m3fn" in (model_refusal(runner) or "")
 
 
 @pytest.mark.parametrize(("capability", "refused"), [((8, 0), True), ((8, 9), False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import NamedTuple
 
@@ -56,8 +57,11 @@ MOST_TELLING = [
     ("B200", "llama, e4m3"),
 ]
 MOST_TELLING_LISTS = [("L4, L40S, RTX 4090", 4096)]
-NOT_OF_THE_CARD = [("A100", "llama, e4m3")]
-"""Refused before (`edge/fusable.py`): Triton knows no such numbers there."""
+NOT_OF_THE_CARD = [
+    ("A100", "llama, e4m3"),
+    *itertools.product(("L4, L40S, RTX 4090", "B200"), ("deepseek", "deepseek, more heads")),
+]
+"""Refused before (`edge/fusable.py`): Triton knows no such numbers there, or takes more memory."""
 
 
 def cases() -> list[object]:

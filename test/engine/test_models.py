@@ -113,6 +113,8 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
     table = documented()[family]
     assert sent["shared"] == [table["Decode"], table["Last layer"]]
 
+    assert sent["passes"]["labels"] <= 3
+
     wide = reports["wide"]["batches"][-1]
     assert (wide["retractions"] > 0) == (options["max_total_tokens"] < AMPLE)
 

@@ -66,7 +66,7 @@ def choose_configs(
     multiprocessor with tiles twice as long are faster than three; small ones wait for memory.
     """
     if rope_dim:
-        config = choose_latent_config(dtype, ratio)
+        config = choose_latent_config(dtype, ratio, shared_memory)
         return KernelConfigs(config, config)
     few = choose_config(dtype, head_dim, ratio, shared_memory)
     if few.programs_per_sm < 3:
@@ -99,12 +99,15 @@ def choose_config(
     return KernelConfig(small, block_n, STAGES, large, block_n // 2, STAGES, 4, programs, registers)
 
 
-def choose_latent_config(dtype: torch.dtype, ratio: int) -> KernelConfig:
-    """Tile sizes for multi-head latent attention with 512 elements of value."""
+def choose_latent_config(dtype: torch.dtype, ratio: int, shared_memory: int) -> KernelConfig:
+    """Tile sizes for multi-head latent attention with 512 elements of value, tuned on an H200 for
+    16 heads (benchmark/bench_latent.py): a tile takes so many cycles whatever its length that the
+    longest that fit are fastest."""
     lanes = next_power_of_2(ratio)
     if dtype == torch.float32:
         return KernelConfig(max(16, lanes), 16, 1, max(16, lanes), 16, 1, 4, 1)
-    return KernelConfig(max(16, lanes), 32, 3, max(64, lanes), 32, 3, 8, 1)
+    block_n = 64 if shared_memory >= SHARED_MEMORY else 32
+    return KernelConfig(max(16, lanes), block_n, 3, max(64, lanes), block_n, 3, 8, 1)
 
 
 class FusedDecode:

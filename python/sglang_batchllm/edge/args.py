@@ -14,10 +14,10 @@ from sglang.srt.utils import get_bool_env_var
 
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.model_kind import (
-    decodes_natively,
     has_compressed_attention,
     has_only_windows,
     has_recurrent_state,
+    is_mla,
     prefill_is_compiled,
 )
 from sglang_batchllm.edge.names import ATTENTION_BACKEND, CACHE_BACKEND
@@ -71,7 +71,7 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
         Arg(
             help="With --batchllm, decode attention: 'fused' reads each shared prefix once for all "
             "requests that share it, 'native' is SGLang's own, 'auto' is fused on CUDA unless "
-            "--decode-attention-backend says otherwise.",
+            "--decode-attention-backend says otherwise, and native with latent attention (MLA).",
             choices=["auto", "fused", "native"],
         ),
     ] = "auto"
@@ -180,7 +180,8 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
         if self.batchllm_attention == "auto":
             decided = seam.resolved(self)
             chosen = decided.device != "cuda" or decided.decode_attention_backend is not None
-            return not chosen and not decodes_natively(seam.model_config(self), decided)
+            # Of latents ours gains only where many share, which nobody knows at the start.
+            return not chosen and not is_mla(seam.model_config(self))
         return self.batchllm_attention == "fused"
 
     def _refuse_unsupported_flags(self) -> None:

@@ -8,10 +8,16 @@ import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from sglang_batchllm.edge.args import resolved
-from sglang_batchllm.edge.model_kind import MOST_LATENT_HEADS
 
+MOST_LATENT_HEADS = 32
+"""Query heads on one latent KV: with more, those of one request are enough to keep tensor cores
+busy while its KV is read, and reading it for several at once saves little."""
+LATENT_BACKENDS = (None, "torch_native", "fa3", "flashinfer", "triton")
+"""Prefill backends that keep latents token by token, as decode reads them here."""
 LATENT_MEMORY = 160 * 1024
 """Bytes of a multiprocessor's shared memory that tiles of 512 elements of latent take."""
+BLACKWELL = 10
+"""Compute capability for which Triton compiles such tiles to more than there is."""
 
 
 def decoding_layers(model: torch.nn.Module, pool: Any) -> list[RadixAttention]:
@@ -72,11 +78,13 @@ def model_refusal(model_runner: Any) -> str | None:
     device = model_runner.req_to_token_pool.req_to_token.device
     latent = latent_dim(pool)
     if latent is not None:
+        if args.attention_backend not in LATENT_BACKENDS:
+            return f"multi-head latent attention with {args.attention_backend}"
         if pool.dtype != model_runner.dtype:
             return f"a KV cache of {pool.dtype} with multi-head latent attention"
         if device.type == "cuda":
             card = torch.cuda.get_device_properties(device)
-            if card.shared_memory_per_multiprocessor < LATENT_MEMORY:
+            if card.shared_memory_per_multiprocessor < LATENT_MEMORY or card.major >= BLACKWELL:
                 return f"multi-head latent attention on {card.name}"
     if pool.dtype == torch.float8_e4m3fn and device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

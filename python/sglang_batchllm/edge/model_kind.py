@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-MOST_LATENT_HEADS = 32
-"""Query heads on one latent KV: with more, those of one request are enough to keep tensor cores
-busy while its KV is read, and reading it for several at once saves little."""
-LATENT_BACKENDS = ("fa3", "flashinfer", "triton")
-"""Attention backends of SGLang's that keep latents token by token, as decode of ours reads them."""
 
-
-def decodes_natively(model: Any, args: Any) -> bool:
-    """Whether a ModelConfig's attention is multi-head latent attention of a kind whose decode is
-    better left to SGLang. args: SGLang's arguments, resolved."""
+def is_mla(model: Any) -> bool:
+    """Whether a ModelConfig's attention is multi-head latent attention."""
     from sglang.srt.configs.model_config import AttentionArch
 
-    if model.attention_arch != AttentionArch.MLA:
-        return False
-    heads = model.get_num_attention_heads(args.tp_size)
-    return args.attention_backend not in LATENT_BACKENDS or heads > MOST_LATENT_HEADS
+    return model.attention_arch == AttentionArch.MLA
 
 
 def has_compressed_attention(model: Any) -> bool:
