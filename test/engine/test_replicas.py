@@ -239,6 +239,31 @@ def test_samples_and_logprobs_of_prompts(replicated_engine, stock_engine):
     assert last["computed_tokens"] == last["distinct_tokens"] + last["repeated_tokens"]
 
 
+def test_samples_of_one_prompt_stay_together(replicated_engine, stock_engine):
+    prompts = [[first, *range(40, 90)] for first in range(4, 10)]
+    flush(replicated_engine)
+    several = GREEDY | {"max_new_tokens": 3, "n": 4}
+
+    async def ask() -> list[list[dict[str, Any]]]:
+        calls = [
+            replicated_engine.async_generate(input_ids=prompt, sampling_params=several)
+            for prompt in prompts
+        ]
+        return await asyncio.gather(*calls)
+
+    answers = replicated_engine.loop.run_until_complete(ask())
+    ran = set()
+    for prompt, samples in zip(prompts, answers, strict=True):
+        (replica,) = {sample["meta_info"]["dp_rank"] for sample in samples}
+        ran.add(replica)
+        assert computed_tokens(samples) == len(prompt) + len(samples) - 1
+    assert ran == {0, 1}
+    expected = stock_engine.generate(
+        input_ids=prompts, sampling_params=GREEDY | {"max_new_tokens": 3}
+    )
+    assert [output_ids(samples)[0] for samples in answers] == output_ids(expected)
+
+
 def test_programs_go_on_where_they_began(replicated_engine, stock_engine):
     ours, stock = (EngineBackend(one, "chatml") for one in (replicated_engine, stock_engine))
     flush(replicated_engine)

@@ -209,8 +209,11 @@ class ListIntake(SampledLists):
 
     def due(self, tokenized: Any) -> list[Any]:
         ready = super().due(tokenized)
-        if self.replicas is not None and len(ready) > 1 and not self.gather:
-            self.replicas.spread_now(ready)
+        if self.replicas is not None and len(ready) > 1:
+            if self.gather:
+                self.replicas.keep_together(ready)
+            else:
+                self.replicas.spread_now(ready)
         return ready
 
     # From the scheduler to the caller
@@ -291,7 +294,7 @@ class ListIntake(SampledLists):
                     continue
                 batch = copy.copy(obj)
                 batch.batch = requests
-                message = packed(batch, shard=shard)
+                message = packed(batch, shard=shard, gather=self.gather)
                 rids = [str(request.rid) for request in requests]
                 if held and self._levelling is not None and isinstance(message, PackedList):
                     self._levelling.hold(message, rids)

@@ -37,6 +37,7 @@ class Replicas:
         self._piece: dict[str, int] = {}  # the same: requests that are held back
         self._turns: dict[str, NameTurns] = {}  # of requests that are held back
         self._homes: dict[str, dict[int, int]] = {}  # of batches: program to replica
+        self._next = 0
 
     async def spread(self, requests: Sequence[Any]) -> None:
         """`spread_now`, while other clients are served."""
@@ -49,6 +50,12 @@ class Replicas:
         free = _free(requests)
         if free:
             self._place(free, *self._cut(free))
+
+    def keep_together(self, requests: Sequence[Any]) -> None:
+        """Samples of one prompt go to one replica, those of the next prompt to the next one."""
+        self._next = (self._next + 1) % self.count
+        for request in _free(requests):
+            request.routed_dp_rank = self._next
 
     def _cut(self, requests: Sequence[Any]) -> tuple[Partition, np.ndarray]:
         lengths = [len(request.input_ids) for request in requests]
