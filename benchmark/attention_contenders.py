@@ -12,21 +12,22 @@ import torch
 import triton
 
 from attention_shapes import DIM, HEADS, KV_HEADS, Inputs
-from sglang_batchllm.attention.fused import FusedDecode, choose_configs
+from sglang_batchllm.attention.fused import FusedDecode, KernelConfigs, choose_configs
 from sglang_batchllm.attention.worklist import WorkList, WorkListConfig
 
 Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def make_ours(inputs: Inputs, **tuning: int) -> tuple[Callable[[], None], Attention]:
-    card = torch.cuda.get_device_properties(0)
-    memory = card.shared_memory_per_multiprocessor
-    configs = choose_configs(torch.bfloat16, DIM, HEADS // KV_HEADS, memory)
-    few, many = (card.multi_processor_count * config.programs_per_sm for config in configs)
-    lanes = HEADS // KV_HEADS
+def make_list(
+    inputs: Inputs, configs: KernelConfigs, kv_heads: int, **tuning: int
+) -> tuple[WorkList, Callable[[], None]]:
+    """A work list, and what builds it for the inputs."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    few, many = (processors * config.programs_per_sm for config in configs)
+    lanes = inputs.q.shape[1] // kv_heads
     work = WorkList(
         WorkListConfig(
-            KV_HEADS,
+            kv_heads,
             configs.few.block_m_small // lanes,
             configs.few.block_m_large // lanes,
             few,
@@ -38,8 +39,6 @@ def make_ours(inputs: Inputs, **tuning: int) -> tuple[Callable[[], None], Attent
         2 * inputs.unique_tokens,
         "cuda",
     )
-    fused = FusedDecode(configs, work, HEADS, KV_HEADS, DIM, torch.bfloat16, "cuda")
-    out = torch.empty_like(inputs.q)
 
     def build() -> None:
         work.build(
@@ -51,10 +50,24 @@ def make_ours(inputs: Inputs, **tuning: int) -> tuple[Callable[[], None], Attent
             inputs.table.levels,
         )
 
+    return work, build
+
+
+def make_ours(inputs: Inputs, **tuning: int) -> tuple[Callable[[], None], Attention]:
+    memory = torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor
+    configs = choose_configs(torch.bfloat16, DIM, HEADS // KV_HEADS, memory)
+    work, build = make_list(inputs, configs, KV_HEADS, **tuning)
+    fused = FusedDecode(configs, work, HEADS, KV_HEADS, DIM, torch.bfloat16, "cuda")
+    return build, attention_of(fused, inputs)
+
+
+def attention_of(fused: FusedDecode, inputs: Inputs) -> Attention:
+    out = inputs.q.new_empty(*inputs.q.shape[:2], fused.head_dim)
+
     def attention(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return fused(inputs.q, k, v, out, inputs.req_to_token, inputs.scale)
 
-    return build, attention
+    return attention
 
 
 def make_fa3(inputs: Inputs) -> tuple[None, Attention]:

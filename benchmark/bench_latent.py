@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 
-from attention_contenders import Attention
+from attention_contenders import Attention, attention_of, make_list
 from attention_shapes import BYTES_PER_MS, Groups, Inputs, make_inputs, uniform
 from bench_attention import check, step_ms
 from results_file import ResultFile
 from sglang_batchllm.attention.fused import FusedDecode, KernelConfigs, choose_configs
-from sglang_batchllm.attention.worklist import WorkList, WorkListConfig
 
 LATENT, ROPE = 512, 64
 CACHE_BYTES = 1 << 30
@@ -55,37 +54,12 @@ def make_latent_inputs(groups: Groups, heads: int) -> Inputs:
 def make_ours(
     inputs: Inputs, configs: KernelConfigs | None = None
 ) -> tuple[Callable[[], None], Attention]:
-    batch, heads, _ = inputs.q.shape
+    heads = inputs.q.shape[1]
     if configs is None:
         configs = choose_configs(torch.bfloat16, LATENT, heads, rope_dim=ROPE)
-    few = configs.few
-    programs = torch.cuda.get_device_properties(0).multi_processor_count * few.programs_per_sm
-    lanes = (few.block_m_small // heads, few.block_m_large // heads)
-    work = WorkList(
-        WorkListConfig(1, *lanes, programs, programs),
-        max(batch, 1024),
-        max(inputs.req_to_token.shape[0], 2048),
-        2 * inputs.unique_tokens,
-        "cuda",
-    )
+    work, build = make_list(inputs, configs, 1)
     fused = FusedDecode(configs, work, heads, 1, LATENT, torch.bfloat16, "cuda", ROPE)
-    out = inputs.q.new_empty(batch, heads, LATENT)
-    table = inputs.table
-
-    def build() -> None:
-        work.build(
-            inputs.rows,
-            inputs.seq_lens,
-            table.group_id,
-            table.prefix_len,
-            inputs.req_to_token,
-            table.levels,
-        )
-
-    def attention(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return fused(inputs.q, k, v, out, inputs.req_to_token, inputs.scale)
-
-    return build, attention
+    return build, attention_of(fused, inputs)
 
 
 def make_fa3(inputs: Inputs) -> tuple[None, Attention]:
