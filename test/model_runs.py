@@ -133,16 +133,16 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
             urls = [*map(_url, images)]
             keep("images", engine.generate([*texts], greedy(OUTPUT), image_data=urls))
         scored = engine.generate(
-            input_ids=batches()["mixed"][:SCORED],
+            input_ids=batches()["mixed"],
             sampling_params=greedy(1),
             return_logprob=True,
             logprob_start_len=0,
         )
         logprobs = [
             [logprob for logprob, *_ in one["meta_info"]["input_token_logprobs"][1:]]
-            for one in scored
+            for one in scored[:SCORED]
         ]
-        flush(engine)
+        keep("scored", scored)
         keep("again", engine.generate(input_ids=batches()["mixed"], sampling_params=greedy(OUTPUT)))
         shared = told.read_text().split()
         sent = {"results": results, "reports": reports, "shared": shared, "logprobs": logprobs}
@@ -159,7 +159,8 @@ def _computed(info: dict[str, Any]) -> int:
 def _aborted(engine: Any) -> list[dict[str, Any]]:
     """The mixed batch, of which every third request is aborted soon after it has come."""
     prompts = batches()["mixed"]
-    rids = [f"aborted-{i}" for i in range(len(prompts))]
+    # SGLang aborts all whose id begins with the one that is named.
+    rids = [f"aborted-{i:02}" for i in range(len(prompts))]
     sampling = [greedy(OUTPUT if i % 3 else 200) for i in range(len(prompts))]
 
     async def ask() -> list[dict[str, Any]]:

@@ -109,6 +109,7 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
     expected = expected_logprobs(model, batches()["mixed"][:SCORED])
     for logprobs, own in zip(sent["logprobs"], expected, strict=True):
         assert logprobs == pytest.approx(own, abs=1e-3)
+    assert sum(one["computed"] for one in results["scored"]) == distinct_tokens(batches()["mixed"])
 
     table = documented()[family]
     assert sent["shared"] == [table["Decode"], table["Last layer"]]

@@ -174,12 +174,13 @@ def shared_tokens(req: Req, member: Member, end: int) -> int:
     return min(member.batch.pins.depth[member.home], end) if member.claimed else 0
 
 
-def next_branch(req: Req) -> int | None:
-    """Prompt tokens down to the first shared prefix that the request is to compute."""
+def branches(req: Req) -> list[int]:
+    """Prompt tokens of each shared prefix that the request is to compute, shortest first. Where
+    prompts are equal, one may be no longer than what is there: the last token is not shared."""
     member = member_of(req)
-    if member is None or member.batch is None or not member.claimed:
-        return None
-    return member.batch.pins.depth[member.claimed[0]]
+    if member is None or member.batch is None:
+        return []
+    return [member.batch.pins.depth[node] for node in member.claimed]
 
 
 def _end_of(req: Req) -> End | None:

@@ -21,7 +21,6 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
 from sglang.srt.server_args import ServerArgs
 
 from sglang_batchllm.edge import seams
-from sglang_batchllm.edge.model_kind import has_recurrent_state
 from sglang_batchllm.edge.transfers import pinned, to_device, to_host
 from sglang_batchllm.policy.rows import Ask, RowLists, Rows
 from sglang_batchllm.policy.scored import prefix_limit, rows_to_leave, rows_to_read, scores
@@ -38,8 +37,6 @@ def refusal(model: torch.nn.Module, model_config: Any, server_args: ServerArgs) 
     """Why logprobs of prompts can not be shared, if they can not."""
     if server_args.enable_mis:
         return "multi-item scoring is on"
-    if has_recurrent_state(model_config):
-        return "the model's layers keep a state"
     if hasattr(getattr(model, "lm_head", None), "set_lm_head_pass"):
         return "LoRA adapters may change the model's head"
     return None

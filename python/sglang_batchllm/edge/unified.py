@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from sglang_batchllm.edge import seams
-from sglang_batchllm.edge.cache import PinnedGroups, next_branch, private_member
+from sglang_batchllm.edge.cache import PinnedGroups, branches, private_member
 from sglang_batchllm.policy.step import WindowPool
 
 if TYPE_CHECKING:
@@ -203,12 +203,12 @@ class RecurrentGroups(UnifiedGroups):
     def next_pass(self, req: Req) -> tuple[int, int]:
         done = computed(req)
         whole = len(req.full_untruncated_fill_ids) - done
-        branch = next_branch(req)
+        branch = next((end for end in branches(req) if end > done), None)
         return whole, whole if branch is None else branch - done
 
     def enter(self, req: Req) -> int:
         end, in_tree = self.reach(req)
-        if end != next_branch(req):
+        if end not in branches(req):
             return in_tree
         with _without_copying(self.req_to_token_pool.mamba_pool):
             self.enter_with_state(req)
