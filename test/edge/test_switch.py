@@ -321,7 +321,9 @@ def test_runtime_knows_the_flag(tiny_model):
         body = {"input_ids": [[5, 6, 7], [5, 6, 8]], "sampling_params": {"max_new_tokens": 2}}
         assert len(requests.post(runtime.url + "/generate", json=body, timeout=60).json()) == 2
         report = requests.get(runtime.url + "/batchllm/report", timeout=60).json()
-        assert report["batches"][-1]["computed_tokens"] == 4
+        # A late answer to one of the Runtime's own questions may have come last.
+        ran = [(batch["requests"], batch["computed_tokens"]) for batch in report["batches"]]
+        assert (2, 4) in ran
 
         def program(s, number):
             s += f"number {number}" + sglang.gen("answer", max_tokens=2)
@@ -330,7 +332,7 @@ def test_runtime_knows_the_flag(tiny_model):
         states = sglang.function(program).run_batch(rows, backend=runtime)
         assert all(state["answer"] is not None for state in states)
         report = requests.get(runtime.url + "/batchllm/report", timeout=60).json()
-        assert report["batches"][-1]["requests"] == 5
+        assert 5 in [batch["requests"] for batch in report["batches"]]
     finally:
         runtime.shutdown()
 
