@@ -46,6 +46,10 @@ class Batch(Protocol):
         ...
 
 
+ORDERS = ("shuffled", "grouped")
+"""In which stock SGLang gets a case, whose figure is that of the better."""
+
+
 @dataclass(frozen=True)
 class Case:
     """requests in groups of `sharing_degree` that share `prefix` tokens, each with `suffix` of
@@ -109,7 +113,7 @@ CASES = {
         Case("classify", 4000, 500, 1500, 40, 4),
         Case("classify-1", 4000, 500, 1500, 40, 1),
         Case("label", 20_000, 100, 50, 10, 1),
-        Case("one-prefix", 2000, 2000, 369, 100, 8),  # as in vllm-project/vllm#36010
+        Case("one-prefix", 2000, 2000, 369, 100, 8),  # prompts, prefix: vllm#36010
         Case("mixed", 800, 16, 2000, 200, 200, longest_output=1000),
         Case("mixed-unknown", 800, 16, 2000, 200, 200, longest_output=1000, twin="mixed"),
     )

@@ -39,7 +39,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batches import CASES, Case
+from batches import CASES, ORDERS, Case
 from processes import engine_of, flush, results_of
 from results_file import ResultFile, Row
 from servers import Usage, ask_all, encoded, flush_cache, session, starting, usage_of
@@ -47,8 +47,6 @@ from texts import Body, batch_lines, chat_bodies, make_prompts, model_and_flags,
 
 COMMAND = [sys.executable, "-c", "from sglang_batchllm.client.command import main; main()"]
 """`batchllm`, wherever it is installed."""
-
-ORDERS = ("shuffled", "grouped")
 
 
 @dataclass(frozen=True)

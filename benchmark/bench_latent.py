@@ -20,7 +20,7 @@ from attention_contenders import Attention, attention_of, make_list
 from attention_shapes import BYTES_PER_MS, Groups, Inputs, make_inputs, uniform
 from bench_attention import check, step_ms
 from results_file import ResultFile
-from sglang_batchllm.attention.fused import FusedDecode, KernelConfigs, choose_configs
+from sglang_batchllm.attention.fused import FusedDecode, choose_configs
 
 LATENT, ROPE = 512, 64
 CACHE_BYTES = 1 << 30
@@ -51,18 +51,15 @@ def make_latent_inputs(groups: Groups, heads: int) -> Inputs:
     )
 
 
-def make_ours(
-    inputs: Inputs, configs: KernelConfigs | None = None
-) -> tuple[Callable[[], None], Attention]:
+def make_ours(inputs: Inputs) -> tuple[Callable[[], None], Attention]:
     heads = inputs.q.shape[1]
-    if configs is None:
-        configs = choose_configs(torch.bfloat16, LATENT, heads, rope_dim=ROPE)
+    configs = choose_configs(torch.bfloat16, LATENT, heads, rope_dim=ROPE)
     work, build = make_list(inputs, configs, 1)
     fused = FusedDecode(configs, work, heads, 1, LATENT, torch.bfloat16, "cuda", ROPE)
     return build, attention_of(fused, inputs)
 
 
-def make_fa3(inputs: Inputs) -> tuple[None, Attention]:
+def make_fa3(inputs: Inputs) -> Attention:
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
     batch = inputs.q.shape[0]
@@ -86,7 +83,7 @@ def make_fa3(inputs: Inputs) -> tuple[None, Attention]:
             causal=True,
         )
 
-    return None, attention
+    return attention
 
 
 def main() -> None:
@@ -102,7 +99,7 @@ def main() -> None:
             once()
             error = check(ours, inputs)
             milliseconds = step_ms(once, ours, inputs)
-            _, fa3 = make_fa3(inputs)
+            fa3 = make_fa3(inputs)
             row = file.add(
                 {
                     "case": name,

@@ -6,12 +6,11 @@ Sides: stock SGLang with and without its prefix cache, and --batchllm with fused
 attention. Each side runs in a process of its own per KV pool size, one after the other on the same
 GPU, and all its cases in that process, each after a warm-up batch of the same shape with other
 tokens. Stock SGLang (with its cache) runs every case twice, prompts shuffled and prompts sorted by
-group, and is quoted at the better.
-Whatever is not named here is as SGLang has it by default, on every side: prefill runs in CUDA
-graphs where SGLang does that. FILE keeps what other commands have put there of other cases, sides
-and orders, and is written after each run. `--load-format dummy` takes random weights: outputs are
-meaningless and cost the same. `--options '{"dp_size": 2}'` runs two replicas, `tp_size` puts the
-model on two GPUs; a row's floor is that of one GPU, always.
+group, and is quoted at the better. Whatever is not named here is as SGLang has it by default, on
+every side: prefill runs in CUDA graphs where SGLang does that. FILE keeps what other commands have
+put there of other cases, sides and orders, and is written after each run. `--load-format dummy`
+takes random weights: outputs are meaningless and cost the same. `--options '{"dp_size": 2}'` runs
+two replicas, `tp_size` puts the model on two GPUs; a row's floor is that of one GPU, always.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from batches import CASES, Batch
+from batches import CASES, ORDERS, Batch
 from endings import end_as_drawn, ending_after
 from processes import flush, results_of
 from results_file import ResultFile
@@ -39,8 +38,7 @@ SIDES = {
     "stock": {},
     "uncached": {"disable_radix_cache": True},
 }
-
-ORDERS = ("shuffled", "grouped")
+DEFAULT_SIDES = ["fused", "native", "stock"]
 
 ENGINE_OPTIONS = {"skip_tokenizer_init": True, "log_level": "error"}
 
@@ -162,7 +160,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, help=f"model folder, or the shapes of one of {', '.join(SHAPES)}"
     )
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES)[:3])
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=DEFAULT_SIDES)
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS, help="of stock")
     parser.add_argument("--steps", type=Path, help="record every forward step in this file")
     parser.add_argument("--out", type=Path, help="put the rows into this file")

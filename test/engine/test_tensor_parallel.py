@@ -14,8 +14,8 @@ from prompts import distinct_tokens, mixed_batch
 from test_scoring import asks, computed, same, scored_batch
 
 SAMPLING = {"temperature": 0, "max_new_tokens": 10, "ignore_eos": True}
-"""Up to there the two likeliest tokens differ by 0.001 or more everywhere; one eleventh token is
-nearly a tie."""
+"""Up to there the logits of the two likeliest tokens differ by 0.0009 or more everywhere; of one
+prompt's eleventh by a millionth."""
 
 
 def batches() -> list[dict[str, Any]]:

@@ -76,18 +76,15 @@ def _attend(
         if MASKED or HEAD_DIM != BLOCK_D:
             mask = valid[:, None] & (offs_d[None, :] < HEAD_DIM)
             k = tl.load(k_at, mask=mask, other=0.0)
+            v = k if ROPE_DIM > 0 else tl.load(v_at, mask=mask, other=0.0)
         else:
             k = tl.load(k_at)
+            v = k if ROPE_DIM > 0 else tl.load(v_at)
         logits = tl.dot(q, k.to(q.dtype).T, input_precision=PRECISION)
         if ROPE_DIM > 0:
-            v = k
             rope_at = k_ptr + row * stride_k + HEAD_DIM + tl.arange(0, ROPE_DIM)[None, :]
             rope = tl.load(rope_at, mask=valid[:, None], other=0.0) if MASKED else tl.load(rope_at)
             logits = tl.dot(q_rope, rope.to(q.dtype).T, logits, input_precision=PRECISION)
-        elif MASKED or HEAD_DIM != BLOCK_D:
-            v = tl.load(v_at, mask=mask, other=0.0)
-        else:
-            v = tl.load(v_at)
         if SOFTCAP:
             # softcap * tanh(x / softcap), with qk_scale and softcap both carrying log2(e).
             e = tl.exp2(logits * (qk_scale * (2.0 * LOG2_E) / softcap_log2))
@@ -224,12 +221,12 @@ def _run_item(
         row_request = tl.load(member_ptr + lane, mask=lane < members, other=0)
         row_part = tl.load(part_base_ptr + row_request) + part
     mask = valid[:, None] & (offs_d[None, :] < HEAD_DIM)
-    q_at = q_ptr + (row_request * stride_q + head * (HEAD_DIM + ROPE_DIM))[:, None]
-    q = tl.load(q_at + offs_d[None, :], mask=mask, other=0.0)
+    q_at = row_request * stride_q + head * (HEAD_DIM + ROPE_DIM)
+    q = tl.load(q_ptr + (q_at[:, None] + offs_d[None, :]), mask=mask, other=0.0)
     q_rope = q
     if ROPE_DIM > 0:
-        rope_at = q_at + HEAD_DIM + tl.arange(0, ROPE_DIM)[None, :]
-        q_rope = tl.load(rope_at, mask=valid[:, None], other=0.0)
+        rope_at = q_at[:, None] + HEAD_DIM + tl.arange(0, ROPE_DIM)[None, :]
+        q_rope = tl.load(q_ptr + rope_at, mask=valid[:, None], other=0.0)
     acc, row_max, row_sum = _attend(  # pyright: ignore[reportGeneralTypeIssues]
         q, q_rope, k_ptr + kv_head * HEAD_DIM, v_ptr + kv_head * HEAD_DIM, slot_ptr, num_tokens,
         stride_k, stride_v, qk_scale, softcap_log2, HEAD_DIM, ROPE_DIM, BLOCK_M, BLOCK_N, BLOCK_D,

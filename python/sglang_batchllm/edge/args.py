@@ -229,6 +229,11 @@ class BatchLLMServerArgs(seam.ResolvingServerArgs):
                 f"--batchllm does not support {kind} (--model-path {self.model_path}); "
                 "serve it without --batchllm."
             )
+        if self.batchllm_attention == "auto" and is_mla(model):
+            logger.warning(
+                "--batchllm: latent attention decodes natively; where prefixes have 16 requests or "
+                "more each, try --batchllm-attention fused."
+            )
 
 
 def resolved(server_args: ServerArgs) -> Any:

@@ -10,10 +10,11 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang_batchllm.edge.args import resolved
 
 MOST_LATENT_HEADS = 32
-"""Query heads on one latent KV: with more, those of one request are enough to keep tensor cores
-busy while its KV is read, and reading it for several at once saves little."""
+"""Query heads on one latent KV. By arithmetic those of one request are enough for the tensor cores
+while its KV is read if they are a few times more, so that reading it for several saves little."""
 LATENT_BACKENDS = (None, "torch_native", "fa3", "flashinfer", "triton")
-"""Prefill backends that keep latents token by token, as decode reads them here."""
+"""Beside which it is fused. Run on a CPU (torch_native) and with fa3; others that SGLang has for it
+want pages of their own."""
 LATENT_MEMORY = 160 * 1024
 """Bytes of a multiprocessor's shared memory that tiles of 512 elements of latent take."""
 BLACKWELL = 10
@@ -60,6 +61,28 @@ def layer_refusal(layer: RadixAttention, latent: int | None) -> str | None:
     return None
 
 
+def _pool_refusal(pool: Any, device: torch.device) -> str | None:
+    if pool.dtype == torch.float8_e4m3fn and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 9):
+            return f"an fp8_e4m3 KV cache on a GPU of compute capability {major}.{minor}"
+    if pool.is_quantized_kv_cache:
+        return "a KV cache packed in blocks"
+    if pool.kv_cache_layout != "nhd":
+        return f"the KV layout {pool.kv_cache_layout}"
+    return None
+
+
+def _latent_pool_refusal(pool: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+    if pool.dtype != dtype:
+        return f"a KV cache of {pool.dtype} with multi-head latent attention"
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        if card.shared_memory_per_multiprocessor < LATENT_MEMORY or card.major >= BLACKWELL:
+            return f"multi-head latent attention on {card.name}"
+    return None
+
+
 def model_refusal(model_runner: Any) -> str | None:
     """Why nothing of a model's decode can be fused, or None."""
     args = resolved(model_runner.server_args)
@@ -77,23 +100,14 @@ def model_refusal(model_runner: Any) -> str | None:
         return f"the KV pool {type(pool).__name__}"
     device = model_runner.req_to_token_pool.req_to_token.device
     latent = latent_dim(pool)
-    if latent is not None:
-        if args.attention_backend not in LATENT_BACKENDS:
-            return f"multi-head latent attention with {args.attention_backend}"
-        if pool.dtype != model_runner.dtype:
-            return f"a KV cache of {pool.dtype} with multi-head latent attention"
-        if device.type == "cuda":
-            card = torch.cuda.get_device_properties(device)
-            if card.shared_memory_per_multiprocessor < LATENT_MEMORY or card.major >= BLACKWELL:
-                return f"multi-head latent attention on {card.name}"
-    if pool.dtype == torch.float8_e4m3fn and device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) < (8, 9):
-            return f"an fp8_e4m3 KV cache on a GPU of compute capability {major}.{minor}"
-    if latent is None and pool.is_quantized_kv_cache:
-        return "a KV cache packed in blocks"
-    if latent is None and pool.kv_cache_layout != "nhd":
-        return f"the KV layout {pool.kv_cache_layout}"
+    if latent is None:
+        reason = _pool_refusal(pool, device)
+    elif args.attention_backend not in LATENT_BACKENDS:
+        reason = f"multi-head latent attention with {args.attention_backend}"
+    else:
+        reason = _latent_pool_refusal(pool, model_runner.dtype, device)
+    if reason is not None:
+        return reason
     layers = decoding_layers(model_runner.model, pool)
     if not layers:
         return "a model without attention layers"

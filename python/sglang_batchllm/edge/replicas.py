@@ -37,7 +37,7 @@ class Replicas:
         self._piece: dict[str, int] = {}  # the same: requests that are held back
         self._turns: dict[str, NameTurns] = {}  # of requests that are held back
         self._homes: dict[str, dict[int, int]] = {}  # of batches: program to replica
-        self._next = 0
+        self._next = 0  # replica of the samples that came last
 
     async def spread(self, requests: Sequence[Any]) -> None:
         """`spread_now`, while other clients are served."""

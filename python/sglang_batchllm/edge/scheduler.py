@@ -101,9 +101,7 @@ class BatchLLMScheduler(SettlingScheduler):
             self._group_table = get_group_table(self.req_to_token_pool)
         self.prepare_process()
         sample_rows_in_last_layer(self.tp_worker.model_runner.model, self.server_args)
-        self._no_scoring = refusal(
-            self.tp_worker.model_runner.model, self.model_config, self.server_args
-        )
+        self._no_scoring = refusal(self.tp_worker.model_runner.model, self.server_args)
         self._scored_step: ScoredStep | None = None
         self._index = QueueIndex()
         self._held_back: list[Req] | None = None

@@ -33,7 +33,7 @@ else:
 logger = logging.getLogger(__name__)
 
 
-def refusal(model: torch.nn.Module, model_config: Any, server_args: ServerArgs) -> str | None:
+def refusal(model: torch.nn.Module, server_args: ServerArgs) -> str | None:
     """Why logprobs of prompts can not be shared, if they can not."""
     if server_args.enable_mis:
         return "multi-item scoring is on"
