@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from bench_offline import ENGINE_OPTIONS
 from endings import end_as_drawn, samples_ending_after
 from processes import flush, results_of
 from results_file import ResultFile
+from steps import read_steps, record_steps
 from texts import TINY_CONTEXT_LENGTH, TINY_VOCAB_SIZE, make_tiny_model
 
 SIDES: dict[str, dict[str, Any]] = {"batchllm": {"batchllm": True}, "stock": {}}
@@ -53,14 +54,19 @@ class Rollouts:
         return case.prompts(vocab_size, seed), [ends[i : i + self.samples] for i in firsts]
 
 
-def run_side(options: dict[str, Any], rollouts: Rollouts, side: str, pipe: Any) -> None:
+def run_side(
+    options: dict[str, Any], rollouts: Rollouts, side: str, steps: bool, pipe: Any
+) -> None:
     """Start an engine, run the samples of other prompts and then those that count."""
     from sglang.srt.entrypoints.engine import Engine
 
+    steps_file = Path(tempfile.mkdtemp()) / "steps"
+    if steps:
+        record_steps(Engine, steps_file)
     end_as_drawn(Engine)
     engine = Engine(**options, **SIDES[side])
     vocab_size = engine.tokenizer_manager.model_config.vocab_size
-    seconds, results = 0.0, []
+    started, seconds, results = 0.0, 0.0, []
     try:
         for seed, shorter in ((1, 8), (0, 1)):
             prompts, lengths = rollouts.batch(vocab_size, seed)
@@ -77,8 +83,10 @@ def run_side(options: dict[str, Any], rollouts: Rollouts, side: str, pipe: Any) 
         for prompt, ends in enumerate(lengths):
             of_prompt = infos[prompt * rollouts.samples :][: rollouts.samples]
             assert sorted(info["completion_tokens"] for info in of_prompt) == sorted(ends)
+        ran = [step for step in read_steps(steps_file) if step.start >= started] if steps else []
         pipe.send(
             {
+                "steps": [[round(x, 5) for x in asdict(step).values()] for step in ran],
                 "case": rollouts.name,
                 "side": side,
                 "seconds": seconds,
@@ -97,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="model folder; a tiny one is made if none is given")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--steps", type=Path, help="record every forward step in this file")
     parser.add_argument("--out", type=Path, help="put the rows into this file")
     parser.add_argument(
         "--options", type=json.loads, default={}, help="more engine arguments for every side (JSON)"
@@ -110,9 +119,14 @@ def main() -> None:
         options |= {"model_path": str(folder), "dtype": "float32", "max_total_tokens": 60_000}
         rollouts = Rollouts(prompts=16, samples=4, tokens=60, output=10, limit=50)
     file = ResultFile(args.out, ("case", "side"))
+    recorded = []
     for side in args.sides:
-        for result in results_of(run_side, options, rollouts, side):
+        for result in results_of(run_side, options, rollouts, side, args.steps is not None):
+            recorded.append({**result})
+            del result["steps"]
             print(json.dumps(file.add({**result, "engine_options": args.options})), flush=True)
+    if args.steps is not None:
+        args.steps.write_text(json.dumps(recorded))
 
 
 if __name__ == "__main__":
