@@ -19,7 +19,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def make_list(
-    inputs: Inputs, configs: KernelConfigs, kv_heads: int, **tuning: int
+    inputs: Inputs, configs: KernelConfigs, kv_heads: int, **tuning: int | None
 ) -> tuple[WorkList, Callable[[], None]]:
     """A work list, and what builds it for the inputs."""
     processors = torch.cuda.get_device_properties(0).multi_processor_count

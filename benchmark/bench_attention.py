@@ -34,7 +34,9 @@ TARGET_RATIOS = dict(zip(SHAPES, (3.2, 3.7, 1.9, 2.6, 6.5, 1 / 1.02), strict=Tru
 SWEPT = ("ours", "fa3")
 
 
-def check(attention: Attention, inputs: Inputs, sample: int = 16) -> float:
+def check(
+    attention: Attention, inputs: Inputs, sample: int = 16, window: int | None = None
+) -> float:
     """Relative error of a sample of requests against float64."""
     out = attention(*inputs.caches[-1])
     which = torch.randperm(inputs.q.shape[0])[:sample].cuda()
@@ -45,6 +47,7 @@ def check(attention: Attention, inputs: Inputs, sample: int = 16) -> float:
         inputs.rows[which],
         inputs.seq_lens[which],
         inputs.scale,
+        window=window,
     )
     return float((out[which].double() - reference).norm() / reference.norm())
 

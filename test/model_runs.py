@@ -71,10 +71,9 @@ def _tell_what_is_shared(path: str) -> None:
 
         prepare(self)
         runner = self.tp_worker.model_runner
-        pool = fusable.full_attention_pool(runner.token_to_kv_pool)
+        pool = runner.token_to_kv_pool
         layers = fusable.decoding_layers(runner.model, pool)
-        latent = fusable.latent_dim(pool)
-        shared = sum(fusable.layer_refusal(layer, latent) is None for layer in layers)
+        shared = sum(fusable.layer_refusal(layer, pool) is None for layer in layers)
         if fusable.model_refusal(runner) is not None:
             shared = 0
         decode = "none" if not shared else "all" if shared == len(layers) else "full"

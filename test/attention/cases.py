@@ -150,6 +150,7 @@ def make_fused(
     max_batch: int | None = None,
     part_tokens: int = 0,
     wide_tokens: int = 12,
+    window: int | None = None,
 ) -> FusedDecode:
     num_heads, key_dim = batch.q.shape[1:]
     num_kv_heads, head_dim = batch.v_cache.shape[1:]
@@ -166,6 +167,7 @@ def make_fused(
             min_saved_tokens,
             part_tokens,
             wide_tokens,
+            window,
         ),
         max_batch or batch.q.shape[0],
         batch.req_to_token.shape[0],

@@ -145,10 +145,22 @@ def test_softcap_and_sinks(batch: Batch) -> None:
     assert relative_error(out, batch.reference(softcap=3.0, sinks=sinks)) < 1e-5
 
 
-def test_sliding_window_layers_are_native(batch: Batch, caplog: pytest.LogCaptureFixture) -> None:
+def test_sliding_windows(batch: Batch) -> None:
+    full, window = make_layer(), make_layer(sliding_window_size=39)
+    backend = make(batch, [full, window])
+    assert not backend.needs_native
+    assert relative_error(decode(backend, full, batch), batch.reference()) < 1e-5
+    assert relative_error(decode(backend, window, batch), batch.reference(window=40)) < 1e-5
+
+
+def test_sliding_windows_in_a_pool_of_their_own_are_native(
+    batch: Batch, caplog: pytest.LogCaptureFixture
+) -> None:
     full, window = make_layer(), make_layer(sliding_window_size=4)
+    runner = make_runner(batch, [full, window])
+    runner.token_to_kv_pool.full_kv_pool = make_runner(batch, []).token_to_kv_pool
     with caplog.at_level(logging.WARNING):
-        backend = make(batch, [full, window])
+        backend = make_from(runner, batch)
     assert [r.message for r in caplog.records if "1 of 2 layers" in r.message]
     assert relative_error(decode(backend, full, batch), batch.reference()) < 1e-5
     expected = decode(backend.native, window, batch)
@@ -378,7 +390,7 @@ def test_a_native_backend_is_built_only_where_it_is_used(
     assert select_backend(None, hybrid, ForwardMode.MIXED) is backend
     assert backend.native is prefill
     assert not built
-    own = make(batch, [make_layer(), make_layer(sliding_window_size=4)])
+    own = make(batch, [make_layer(), make_layer(is_cross_attention=True)])
     assert built == ["native"]
     own.share_prefill_backend(prefill)
     assert own.native is not prefill

@@ -32,6 +32,7 @@ class Heads(NamedTuple):
     softcap: float = 0.0
     sinks: bool = False
     rope_dim: int = 0
+    window: int | None = None
 
 
 HEADS = {
@@ -40,6 +41,7 @@ HEADS = {
     "llama, e5m2": Heads(8, 4, 128, kv_dtype=torch.float8_e5m2),
     "gpt-oss": Heads(8, 8, 64, sinks=True),
     "gemma": Heads(4, 2, 256, softcap=50.0),
+    "gemma, window": Heads(8, 2, 256, window=1024),
     "phi": Heads(32, 1, 80, dtype=torch.float16),
     "falcon": Heads(1, 71, 64),
     "most of all": Heads(1, 64, 256),
@@ -97,7 +99,9 @@ def test_kernels_fit_the_card(
         heads.dtype, heads.dim, heads.ratio, card.per_multiprocessor, heads.rope_dim
     )
     for config in dict.fromkeys(configs):
-        fused = make_fused(batch, config, num_programs=100 * config.programs_per_sm)
+        fused = make_fused(
+            batch, config, num_programs=100 * config.programs_per_sm, window=heads.window
+        )
         fused(
             batch.q,
             batch.k_cache,

@@ -19,6 +19,7 @@ from cases import (
     relative_error,
     run,
 )
+from sglang_batchllm.attention.fused import FusedDecode
 from sglang_batchllm.attention.groups import LEVELS
 
 RAGGED = [(70, [1, 7, 30, 2, 65]), (0, [90]), (33, [9]), (16, [3, 3]), (0, [1, 33])]
@@ -69,6 +70,38 @@ def test_random_trees(paths: list[Path], saved: int, seed: int) -> None:
     stay = torch.randperm(len(batch.rows))[: max(len(batch.rows) // 2, 1)]
     rest = replace(batch, q=batch.q[stay], rows=batch.rows[stay], seq_lens=batch.seq_lens[stay])
     assert relative_error(run(fused, rest), rest.reference()) < 1e-5
+
+
+@settings(max_examples=8, phases=WITHOUT_SHRINKING)
+@given(paths=trees(), window=st.sampled_from([1, 20, 45, 300]), seed=st.integers(0, 99))
+def test_random_windows(paths: list[Path], window: int, seed: int) -> None:
+    batch = make_tree_batch(paths, seed=seed, padding=seed % 3)
+    fused = make_fused(batch, window=window)
+    assert relative_error(run(fused, batch), batch.reference(window=window)) < 1e-5
+
+
+def test_a_window_is_read_together_where_it_reaches_the_prefix() -> None:
+    paths: list[Path] = [([("root", 300), (i // 4, 100)], 20 + i % 4) for i in range(32)]
+    paths += [([("root", 300), (0, 100)], 200)]  # its window begins behind both
+    batch = make_tree_batch(paths)
+    fused = make_fused(batch, window=160, min_saved_tokens=60)
+    assert relative_error(run(fused, batch), batch.reference(window=160)) < 1e-5
+    shared = [item for item in read_items(fused) if item[0] in (1, 2)]
+    # Of the root, the last 40 tokens for the windows that begin first; of each node all 100.
+    assert sorted({(row, tokens) for _, row, _, tokens, *_ in shared}) == [(260, 40), (300, 100)]
+    own = {first: tokens for kind, _, _, tokens, first, *_ in read_items(fused) if kind in (0, 3)}
+    assert sorted(own.values()) == sorted([*[20, 21, 22, 23] * 8, 160])
+
+
+def test_windows_that_reach_no_prefix_share_nothing() -> None:
+    batch = make_batch([(300, [64, 70, 65, 90])])
+    fused = make_fused(batch, window=64)
+    assert relative_error(run(fused, batch), batch.reference(window=64)) < 1e-5
+    assert fused.work.part_count[:4].tolist() == [1] * 4
+
+
+def read_items(fused: FusedDecode) -> list[list[int]]:
+    return fused.work.items[: int(fused.work.header[0])].tolist()
 
 
 def test_levels_are_read_where_that_saves_reads() -> None:
@@ -216,7 +249,7 @@ def test_the_list_covers_every_token_once() -> None:
     run(fused, batch)
     work = fused.work
     covered = torch.zeros(len(batch.rows), dtype=torch.long)
-    for kind, _, _, tokens, first, members, _, _ in work.items[: int(work.header[0])].tolist():
+    for kind, _, _, tokens, first, members, _, _ in read_items(fused):
         who = [first] if kind in (0, 3) else work.members[first : first + members].tolist()
         covered[who] += tokens
     assert torch.equal(covered, batch.seq_lens)

@@ -19,7 +19,7 @@ RAGGED = [(700, [1, 7, 300, 2, 65]), (0, [900]), (33, [9]), (1030, [3] * 40), (0
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-def fused_for(batch: Batch, max_batch: int | None = None) -> FusedDecode:
+def fused_for(batch: Batch, max_batch: int | None = None, window: int | None = None) -> FusedDecode:
     heads, key_dim = batch.q.shape[1:]
     kv_heads, head_dim = batch.v_cache.shape[1:]
     card = torch.cuda.get_device_properties(0)
@@ -28,7 +28,7 @@ def fused_for(batch: Batch, max_batch: int | None = None) -> FusedDecode:
         batch.q.dtype, head_dim, heads // kv_heads, memory, rope_dim=key_dim - head_dim
     )
     programs = [card.multi_processor_count * config.programs_per_sm for config in configs]
-    return make_fused(batch, configs, *programs, max_batch=max_batch)
+    return make_fused(batch, configs, *programs, max_batch=max_batch, window=window)
 
 
 def error_of(batch: Batch, **kwargs: object) -> float:
@@ -95,6 +95,15 @@ def test_softcap_and_sinks() -> None:
     batch = make_batch(RAGGED, 8, 4, 64, torch.bfloat16, device="cuda")
     sinks = torch.randn(32, device="cuda")
     assert error_of(batch, softcap=5.0, sinks=sinks) < 1e-2
+
+
+@pytest.mark.parametrize(("head_dim", "ratio"), [(128, 4), (256, 2)])
+@pytest.mark.parametrize("window", [64, 500, 1024])
+def test_windows(window: int, head_dim: int, ratio: int) -> None:
+    groups = [(1030, [3, 90, 200, 1, 63] * 40), (2000, [1, 7, 300, 2, 65, 1100]), (0, [900, 5])]
+    batch = make_batch(groups, 4, ratio, head_dim, torch.bfloat16, device="cuda")
+    out = run(fused_for(batch, window=window), batch)
+    assert relative_error(out, batch.reference(window=window)) < LIMITS[torch.bfloat16]
 
 
 def test_one_group_of_300_and_4096_requests() -> None:

@@ -10,7 +10,7 @@ def test_sharing_changes_nothing() -> None:
     paths: list[Path] = [([("a", 70), (i // 3, 4), (i // 2 + 9, 5)], 1 + i) for i in range(12)]
     paths += [([], 90), ([("b", 33)], 9)] + [([("c", 5)], 3)] * 40
     batch = make_tree_batch(paths, padding=2)
-    for softcap, sinks in ((0.0, None), (2.0, torch.randn(4))):
+    for softcap, sinks, window in ((0.0, None, None), (2.0, torch.randn(4), None), (0.0, None, 12)):
         out = shared_decode(
             batch.q,
             batch.k_cache,
@@ -23,8 +23,18 @@ def test_sharing_changes_nothing() -> None:
             batch.scale,
             softcap,
             sinks,
+            window,
         )
-        assert relative_error(out, batch.reference(softcap=softcap, sinks=sinks)) < 1e-5
+        expected = batch.reference(softcap=softcap, sinks=sinks, window=window)
+        assert relative_error(out, expected) < 1e-5
+
+
+def test_a_window_is_the_last_tokens() -> None:
+    batch = make_batch([(0, [12])])
+    last = make_batch([(0, [12])])
+    last.req_to_token = batch.req_to_token[:, 7:]
+    last.seq_lens = batch.seq_lens - 7
+    torch.testing.assert_close(batch.reference(window=5), last.reference())
 
 
 def test_reference_is_softmax_attention() -> None:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-from sglang_batchllm.attention import kernels
+from sglang_batchllm.attention import items, kernels
+from sglang_batchllm.attention.merge import merge_kernel
 from sglang_batchllm.attention.worklist import MANY_REQUESTS, WorkList, next_power_of_2
 
-LOG2_E: float = kernels.LOG2_E.value
+LOG2_E: float = items.LOG2_E.value
 
 STAGES = 5 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 3
 """With two tiles of keys and values in flight. A tile's slots are loaded first, and up to Triton
@@ -190,6 +191,7 @@ class FusedDecode:
             work.items,
             work.members,
             work.part_base,
+            work.window_start,
             q.stride(0),
             k_cache.stride(0),
             v_cache.stride(0),
@@ -215,11 +217,12 @@ class FusedDecode:
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             THREADS=32 * config.num_warps,
             WIDE_HEADS=self.wide_heads,
+            WINDOWED=work.config.window is not None,
             num_warps=config.num_warps,  # pyright: ignore[reportCallIssue]
             maxnreg=config.max_registers,  # pyright: ignore[reportCallIssue]
         )
         block_m = min(next_power_of_2(self.num_heads), 8)
-        kernels.merge_kernel[(q.shape[0], triton.cdiv(self.num_heads, block_m))](
+        merge_kernel[(q.shape[0], triton.cdiv(self.num_heads, block_m))](
             out,
             self.parts,
             self.part_lse,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Softmax is in base 2."""
 ITEM_FIELDS = 8
 """int32 fields of a work item.
 
-0: kind (``KIND_*``). 1: row of ``req_to_token`` (suffix). 2: position in that row (suffix), or in
-the prefix slots. 3: tokens. 4: request (suffix), or first entry in ``members``. 5: members. 6: the
-part to write, suffix: -1 for the output itself; prefix: after each member's first.
+0: kind (``KIND_*``). 1: row of ``req_to_token`` (suffix), or the first token's position in its
+members' rows. 2: position in that row (suffix), or in the prefix slots. 3: tokens. 4: request
+(suffix), or first entry in ``members``. 5: members. 6: the part to write, suffix: -1 for the output
+itself; prefix: after each member's first.
 """
 
 KIND_SUFFIX = tl.constexpr(0)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_batchllm.attention.items import KIND_SMALL, KIND_SUFFIX, KIND_WIDE
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from sglang_batchllm.attention.items import KIND_SMALL, KIND_SUFFIX, KIND_WIDE, LOG2_E
 
 
 @triton.jit
@@ -25,6 +23,7 @@ def _attend(
     v_ptr,
     slot_ptr,
     num_tokens,
+    row_start,
     stride_k,
     stride_v,
     qk_scale,
@@ -40,13 +39,15 @@ def _attend(
     MASKED: tl.constexpr,
     KV_HEADS: tl.constexpr,
     RATIO_P2: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """Attention of a query tile over the tokens of one slot list, with a running (base 2) softmax.
 
     q: [BLOCK_M, BLOCK_D]; k_ptr, v_ptr: the first KV head's first element at slot 0. With several
     KV heads, RATIO_P2 rows of the tile are of each, and BLOCK_N / KV_HEADS tokens are taken at a
     time, of which each row sees its own head's: what tensor cores compute in vain were else rows
-    of nobody. With ROPE_DIM, a key is its value and so many elements more, the latter for q_rope
+    of nobody. Where WINDOWED, a row sees the tokens from its row_start [BLOCK_M] on, which may be
+    none. With ROPE_DIM, a key is its value and so many elements more, the latter for q_rope
     [BLOCK_M, ROPE_DIM]. Returns the accumulator [BLOCK_M, BLOCK_D] and the row maximum and sum
     [BLOCK_M], fp32.
     """
@@ -56,7 +57,7 @@ def _attend(
     if KV_HEADS > 1:
         kv_head = tl.arange(0, BLOCK_N) % KV_HEADS
         own = (tl.arange(0, BLOCK_M) // RATIO_P2)[:, None] == kv_head[None, :]
-    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], -1e30 if WINDOWED else -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in tl.range(0, num_tokens, TOKENS, num_stages=STAGES):
@@ -92,6 +93,8 @@ def _attend(
         seen = valid[None, :]
         if KV_HEADS > 1:
             seen = seen & own
+        if WINDOWED:
+            seen = seen & (position[None, :] >= row_start[:, None])
         logits = tl.where(seen, logits, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(logits, 1) * qk_scale)
         p = tl.exp2(logits * qk_scale - new_max[:, None])
@@ -101,66 +104,6 @@ def _attend(
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
-
-
-@triton.jit
-def merge_kernel(
-    out_ptr,
-    part_ptr,
-    lse_ptr,
-    sink_ptr,
-    part_base_ptr,
-    part_count_ptr,
-    stride_out,
-    v_scale,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SINKS: tl.constexpr,
-):
-    """Merge a request's parts by log-sum-exp, BLOCK_M query heads a program."""
-    request = tl.program_id(0)
-    count = tl.load(part_count_ptr + request)
-    base = tl.load(part_base_ptr + request)
-    if count > 1:
-        offs_d = tl.arange(0, BLOCK_D)
-        head = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-        valid = head < NUM_HEADS
-        mask = valid[:, None] & (offs_d[None, :] < HEAD_DIM)
-        total_max = tl.full([BLOCK_M], -1e30, tl.float32)
-        total_sum = tl.zeros([BLOCK_M], tl.float32)
-        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        # Two parts a round, the usual number, so that their loads overlap.
-        for p in range(0, count, 2):
-            more = p + 1 < count
-            at_0 = (base + p) * NUM_HEADS + head
-            at_1 = at_0 + NUM_HEADS
-            lse_0 = tl.load(lse_ptr + at_0, mask=valid, other=-float("inf"))
-            lse_1 = tl.load(lse_ptr + at_1, mask=valid & more, other=-float("inf"))
-            value_0 = tl.load(
-                part_ptr + (at_0[:, None] * HEAD_DIM + offs_d[None, :]), mask=mask, other=0.0
-            )
-            value_1 = tl.load(
-                part_ptr + (at_1[:, None] * HEAD_DIM + offs_d[None, :]), mask=mask & more, other=0.0
-            )
-            new_max = tl.maximum(total_max, tl.maximum(lse_0, lse_1))
-            rescale = tl.exp2(total_max - new_max)
-            weight_0 = tl.exp2(lse_0 - new_max)
-            weight_1 = tl.exp2(lse_1 - new_max)
-            total_sum = total_sum * rescale + weight_0 + weight_1
-            total = total * rescale[:, None] + value_0.to(tl.float32) * weight_0[:, None]
-            total += value_1.to(tl.float32) * weight_1[:, None]
-            total_max = new_max
-        if SINKS:
-            sink = tl.load(sink_ptr + head, mask=valid, other=0.0).to(tl.float32)
-            total_sum += tl.exp2(sink * LOG2_E - total_max)
-        scale = v_scale / tl.where(total_sum > 0.0, total_sum, 1.0)
-        tl.store(
-            out_ptr + (request * stride_out + head[:, None] * HEAD_DIM + offs_d[None, :]),
-            (total * scale[:, None]).to(out_ptr.dtype.element_ty),
-            mask=mask,
-        )
 
 
 @triton.jit
@@ -175,7 +118,9 @@ def _run_item(
     slot_ptr,
     member_ptr,
     part_base_ptr,
+    window_start_ptr,
     num_tokens,
+    token,
     request,
     members,
     part,
@@ -202,9 +147,11 @@ def _run_item(
     MASKED: tl.constexpr,
     SUFFIX: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """One work item for one KV head; rows of the tile are (member, query head of the KV head), or
-    (KV head, query head of it) for several."""
+    (KV head, query head of it) for several. token: of those that members share, the first one's
+    position."""
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * RATIO
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -220,6 +167,9 @@ def _run_item(
         valid = (lane < members) & (in_group < RATIO)
         row_request = tl.load(member_ptr + lane, mask=lane < members, other=0)
         row_part = tl.load(part_base_ptr + row_request) + part
+    row_start = row_part
+    if WINDOWED and not SUFFIX:
+        row_start = tl.load(window_start_ptr + row_request) - token
     mask = valid[:, None] & (offs_d[None, :] < HEAD_DIM)
     q_at = row_request * stride_q + head * (HEAD_DIM + ROPE_DIM)
     q = tl.load(q_ptr + (q_at[:, None] + offs_d[None, :]), mask=mask, other=0.0)
@@ -229,8 +179,8 @@ def _run_item(
         q_rope = tl.load(q_ptr + rope_at, mask=valid[:, None], other=0.0)
     acc, row_max, row_sum = _attend(  # pyright: ignore[reportGeneralTypeIssues]
         q, q_rope, k_ptr + kv_head * HEAD_DIM, v_ptr + kv_head * HEAD_DIM, slot_ptr, num_tokens,
-        stride_k, stride_v, qk_scale, softcap_log2, HEAD_DIM, ROPE_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
-        STAGES, SOFTCAP, PRECISION, MASKED, KV_HEADS, RATIO_P2,
+        row_start, stride_k, stride_v, qk_scale, softcap_log2, HEAD_DIM, ROPE_DIM, BLOCK_M, BLOCK_N,
+        BLOCK_D, STAGES, SOFTCAP, PRECISION, MASKED, KV_HEADS, RATIO_P2, WINDOWED and not SUFFIX,
     )  # fmt: skip
     lse = row_max + tl.log2(row_sum)
     result = acc * (1.0 / tl.where(row_sum > 0.0, row_sum, 1.0))[:, None]
@@ -314,6 +264,7 @@ def fused_decode_kernel(
     item_ptr,
     member_ptr,
     part_base_ptr,
+    window_start_ptr,
     stride_q,
     stride_k,
     stride_v,
@@ -339,6 +290,7 @@ def fused_decode_kernel(
     PRECISION: tl.constexpr,
     THREADS: tl.constexpr,
     WIDE_HEADS: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """Persistent programs run (item, KV head) tickets, the heads of an item next to each other.
 
@@ -364,35 +316,37 @@ def fused_decode_kernel(
         own_slot_ptr = req_to_token_ptr + row.to(tl.int64) * req_to_token_stride + start
         if kind == KIND_SUFFIX:
             _run_item(
-                q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, own_slot_ptr,
-                member_ptr, part_base_ptr, tokens, first, members, part, kv_head, stride_q,
-                stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale, NUM_KV_HEADS,
-                RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D,
-                STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, True, 1,
+                q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, own_slot_ptr, member_ptr,
+                part_base_ptr, window_start_ptr, tokens, row, first, members, part, kv_head,
+                stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale,
+                NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL,
+                BLOCK_D, STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, True, 1, WINDOWED,
             )  # fmt: skip
         elif kind == KIND_WIDE:
             _run_item(
-                q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, own_slot_ptr,
-                member_ptr, part_base_ptr, tokens, first, members, part, kv_head, stride_q,
-                stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale, NUM_KV_HEADS,
-                RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL, BLOCK_D,
-                STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, True, WIDE_HEADS,
+                q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, own_slot_ptr, member_ptr,
+                part_base_ptr, window_start_ptr, tokens, row, first, members, part, kv_head,
+                stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale,
+                NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL,
+                BLOCK_D, STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, True, WIDE_HEADS, WINDOWED,
             )  # fmt: skip
         elif kind == KIND_SMALL:
             _run_item(
                 q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, slots_ptr + start,
-                member_ptr + first, part_base_ptr, tokens, first, members, part, kv_head,
-                stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale,
-                NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_SMALL, BLOCK_N_SMALL,
-                BLOCK_D, STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, False, 1,
+                member_ptr + first, part_base_ptr, window_start_ptr, tokens, row, first, members,
+                part, kv_head, stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2,
+                v_scale, NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_SMALL,
+                BLOCK_N_SMALL, BLOCK_D, STAGES_SMALL, SOFTCAP, SINKS, PRECISION, True, False, 1,
+                WINDOWED,
             )  # fmt: skip
         else:
             _run_item(
                 q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, sink_ptr, slots_ptr + start,
-                member_ptr + first, part_base_ptr, tokens, first, members, part, kv_head,
-                stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2, v_scale,
-                NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_LARGE, BLOCK_N_LARGE,
-                BLOCK_D, STAGES_LARGE, SOFTCAP, SINKS, PRECISION, False, False, 1,
+                member_ptr + first, part_base_ptr, window_start_ptr, tokens, row, first, members,
+                part, kv_head, stride_q, stride_k, stride_v, stride_out, qk_scale, softcap_log2,
+                v_scale, NUM_KV_HEADS, RATIO, RATIO_P2, HEAD_DIM, ROPE_DIM, BLOCK_M_LARGE,
+                BLOCK_N_LARGE, BLOCK_D, STAGES_LARGE, SOFTCAP, SINKS, PRECISION, False, False, 1,
+                WINDOWED,
             )  # fmt: skip
         ticket = next_ticket
         kv_head, kind, row, start, tokens = kv_head_, kind_, row_, start_, tokens_

@@ -5,6 +5,9 @@ node that is *read together* is read once per tile of its members, from the end 
 above that is; the tokens of one that is not fall to what is below it, and in the end to the
 requests' own suffixes. All members of a node have the same nodes above it, and so the same parts.
 
+In layers with a sliding window a request reads from the first token of its own window on, and a
+node from the first of any member's: of what comes before their own windows the members see nothing.
+
 What lies below a node would read its tokens once per *reader*, a tile of a node that was chosen or
 a request by itself. Reading them together saves (readers - tiles) * tokens reads and costs each
 member one part more to merge. From the leaves up the nodes are found that save reads; from the root
@@ -24,14 +27,17 @@ GROUP_FIELDS = tl.constexpr(8)
 """int32 fields of a node, each an array over the level's nodes.
 
 0: members. 1: readers; then tiles, 0 where it is not read together. 2: tokens that it adds to the
-node above; then those that are read. 3: position of the first of them. 4: the first one's place in
-the slots. 5: first entry in ``members``. 6: readers saved; then first item. 7: parts before it.
+node above; then those that are read. 3: where the first of the members' windows begins, if they
+have one; then the position of the first token that is read. 4: the node's end, if there are
+windows; then the first token's place in the slots. 5: first entry in ``members``. 6: readers saved;
+then first item. 7: parts before it.
 """
-REQUEST_FIELDS = tl.constexpr(5)
+REQUEST_FIELDS = tl.constexpr(6)
 """int32 fields of a request.
 
-0: first part. 1: parts. 2: first suffix item. 3: suffix start. 4: 1 where the suffix is wide. Then
-for each level its rank among the node's members, -1 where it does not read it together with them.
+0: first part. 1: parts. 2: first suffix item. 3: suffix start. 4: 1 where the suffix is wide. 5:
+where its window begins, if there is one. Then for each level its rank among the node's members, -1
+where it does not read it together with them.
 """
 
 MIN_SPLIT = tl.constexpr(256)
@@ -74,11 +80,13 @@ def plan_kernel(
     min_saved_tokens,
     part_tokens,
     wide_tokens,
+    window,
     LANES_SMALL: tl.constexpr,
     LANES_LARGE: tl.constexpr,
     STRIDE_B: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """One program: choose what is read together and the split sizes, lay the items out.
 
@@ -92,11 +100,16 @@ def plan_kernel(
     for level in range(levels):
         tl.store(group_ptr + level * LEVEL + g, tl.zeros([BLOCK_G], tl.int32))
         tl.store(group_ptr + level * LEVEL + BLOCK_G + g, tl.zeros([BLOCK_G], tl.int32))
+        if WINDOWED:
+            none = tl.full([BLOCK_G], 2**30, tl.int32)
+            tl.store(group_ptr + level * LEVEL + 3 * BLOCK_G + g, none)
     tl.debug_barrier()
 
     in_batch = b < batch_size
     row = tl.load(rows_ptr + b, mask=in_batch, other=0).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + b, mask=in_batch, other=0).to(tl.int32)
+
+    window_start = tl.maximum(seq_len - window, 0)
 
     # From the leaves up. Loads that atomics or other threads changed are volatile: those are behind
     # this SM's L1 cache.
@@ -110,11 +123,18 @@ def plan_kernel(
         rank = tl.atomic_add(node_ptr + group, 1, mask=inside)
         tl.atomic_add(node_ptr + BLOCK_G + group, readers, mask=inside)
         tl.store(node_ptr + 2 * BLOCK_G + group, end - above, mask=inside)
+        if WINDOWED:
+            tl.atomic_min(node_ptr + 3 * BLOCK_G + group, window_start, mask=inside)
+            tl.store(node_ptr + 4 * BLOCK_G + group, end, mask=inside)
         tl.store(rank_ptr + level * STRIDE_B + b, rank)
         tl.debug_barrier()
         members = tl.load(node_ptr + g, volatile=True)
         below = tl.load(node_ptr + BLOCK_G + g, volatile=True)
         length = tl.load(node_ptr + 2 * BLOCK_G + g, mask=members > 0, other=0, volatile=True)
+        if WINDOWED:
+            first = tl.load(node_ptr + 3 * BLOCK_G + g, volatile=True)
+            node_end = tl.load(node_ptr + 4 * BLOCK_G + g, volatile=True)
+            length = tl.maximum(tl.minimum(length, node_end - first), 0)
         lanes = tl.where(members <= LANES_SMALL, LANES_SMALL, LANES_LARGE)
         tiles = (members + lanes - 1) // lanes
         saved = (below - tiles).to(tl.int64) * length
@@ -139,8 +159,13 @@ def plan_kernel(
         )
         tiles_of = tl.load(node_ptr + BLOCK_G + group, mask=inside, other=0, volatile=True)
         chosen = inside & (tiles_of > 0)
-        tl.store(node_ptr + 2 * BLOCK_G + group, end - shared, mask=chosen)
-        tl.store(node_ptr + 3 * BLOCK_G + group, shared, mask=chosen)
+        start = shared
+        if WINDOWED:
+            first = tl.load(node_ptr + 3 * BLOCK_G + group, mask=chosen, other=0, volatile=True)
+            start = tl.maximum(shared, first)
+            tl.debug_barrier()
+        tl.store(node_ptr + 2 * BLOCK_G + group, end - start, mask=chosen)
+        tl.store(node_ptr + 3 * BLOCK_G + group, start, mask=chosen)
         tl.debug_barrier()
         members = tl.load(node_ptr + g, volatile=True)
         tiles = tl.load(node_ptr + BLOCK_G + g, volatile=True)
@@ -164,6 +189,9 @@ def plan_kernel(
         tiles_of = tl.load(node_ptr + BLOCK_G + group, mask=chosen, other=0, volatile=True)
         shared = tl.where(tiles_of > 0, end, shared)
 
+    if WINDOWED:
+        shared = tl.maximum(shared, window_start)
+        tl.store(request_ptr + 5 * STRIDE_B + b, window_start)
     suffix = seq_len - shared
     suffix_work = tl.sum(suffix.to(tl.int64))
     work = prefix_work + suffix_work

@@ -15,13 +15,15 @@ def reference_decode(
     scale: float,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    window: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """Every request attends to all its tokens: sharing changes no result.
 
     q: [batch, query heads, head_dim]; k_cache, v_cache: [slots, KV heads, head_dim];
     req_to_token: [rows, context]; rows, seq_lens: [batch]; sinks: one logit per query head, in
-    the denominator only. Returns [batch, query heads, head_dim] in ``dtype``; a request without
+    the denominator only; window: tokens that it attends to, the last ones, None for all. Returns
+    [batch, query heads, head_dim] in ``dtype``; a request without
     tokens gets zeros.
     """
     batch, num_heads, _ = q.shape
@@ -30,7 +32,7 @@ def reference_decode(
     for i, (row, length) in enumerate(zip(rows.tolist(), seq_lens.tolist(), strict=True)):
         if length <= 0:
             continue
-        slots = req_to_token[row, :length].long()
+        slots = req_to_token[row, _first_seen(length, window) : length].long()
         k = k_cache[slots].to(dtype).repeat_interleave(ratio, dim=1)
         v = v_cache[slots].to(dtype).repeat_interleave(ratio, dim=1)
         logits = torch.einsum("hd,nhd->hn", q[i].to(dtype), k) * scale
@@ -57,6 +59,7 @@ def shared_decode(
     scale: float,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    window: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The same, computed as the fused kernel does: a node's tokens once for all its members.
@@ -71,9 +74,12 @@ def shared_decode(
     parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(batch)]
 
     def read(members: list[int], end: int) -> None:
-        start = done[members[0]]
+        firsts = [_first_seen(length_list[i], window) for i in members]
+        start = min(max(done[members[0]], min(firsts)), end)
         slots = req_to_token[row_list[members[0]], start:end].long()
-        out, lse = _attend(queries[members], k_cache[slots], v_cache[slots], scale, softcap)
+        seen = torch.arange(start, end) >= torch.tensor(firsts)[:, None]
+        seen = seen.to(q.device)
+        out, lse = _attend(queries[members], k_cache[slots], v_cache[slots], seen, scale, softcap)
         for j, i in enumerate(members):
             parts[i].append((out[j], lse[j]))
             done[i] = end
@@ -98,10 +104,21 @@ def shared_decode(
     return out
 
 
+def _first_seen(length: int, window: int | None) -> int:
+    """Position of the first token that the last of `length` attends to."""
+    return 0 if window is None else max(length - window, 0)
+
+
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [m, heads, d] over k, v [n, KV heads, d]: the result [m, heads, d] and its log-sum-exp."""
+    """q [m, heads, d] over those of k, v [n, KV heads, d] that are seen [m, n]: the result [m,
+    heads, d] and its log-sum-exp."""
     m, num_heads, dim = q.shape
     num_kv_heads = k.shape[1]
     if k.shape[0] == 0:
@@ -111,6 +128,8 @@ def _attend(
     logits = torch.einsum("mgrd,ngd->mgrn", grouped, k.to(q.dtype)) * scale
     if softcap > 0.0:
         logits = softcap * torch.tanh(logits / softcap)
-    lse = torch.logsumexp(logits, dim=-1)
-    out = torch.einsum("mgrn,ngd->mgrd", torch.exp(logits - lse[..., None]), v.to(q.dtype))
+    unseen = ~seen[:, None, None]
+    lse = torch.logsumexp(logits.masked_fill(unseen, -torch.inf), dim=-1)
+    weights = torch.exp(logits - lse[..., None]).masked_fill(unseen, 0.0)
+    out = torch.einsum("mgrn,ngd->mgrd", weights, v.to(q.dtype))
     return out.reshape(m, num_heads, v.shape[2]), lse.reshape(m, num_heads)

@@ -129,7 +129,7 @@ def _emit_kernel(
                     item_ptr,
                     first_item + t,
                     kind,
-                    0,
+                    begin + start,
                     first_slot + start,
                     tl.minimum(length - start, step),
                     first_member + lane,
@@ -152,8 +152,9 @@ class WorkListConfig:
     """What the list is cut for.
 
     lanes_small, lanes_large: members per query tile of the two tile sizes; num_programs: programs
-    of the launch; many_programs: of one of `MANY_REQUESTS`, no more than those; the others: see the
-    constants above, which they are by default.
+    of the launch; many_programs: of one of `MANY_REQUESTS`, no more than those; window: tokens that
+    a query sees, its own the last, None for all; the others: see the constants above, which they
+    are by default.
     """
 
     num_kv_heads: int
@@ -164,6 +165,7 @@ class WorkListConfig:
     min_saved_tokens: int = MIN_SAVED_TOKENS
     part_tokens: int = PART_TOKENS
     wide_tokens: int = WIDE_TOKENS
+    window: int | None = None
 
     def programs_for(self, batch_size: int) -> int:
         return self.many_programs if batch_size >= MANY_REQUESTS else self.num_programs
@@ -179,7 +181,7 @@ class WorkList:
     items: int32 [item capacity, ITEM_FIELDS]; header: int32 [4]: items, tokens per prefix split
     and per suffix split at most, items before the wide ones; members: int32, the batch positions of
     the nodes' members, node by node; slots: int32, the KV slots that are read together; part_base,
-    part_count: int32 [max_batch].
+    part_count: int32 [max_batch]. window_start: int32 [max_batch], positions, where there is one.
 
     The shared slots are copied, 4 bytes a token, since SGLang's overlap scheduler may give a
     finished request's row of ``req_to_token`` to another request while a captured graph still
@@ -223,6 +225,7 @@ class WorkList:
         self.requests = buffer(REQUEST_FIELDS.value + LEVELS, self.max_block)
         self.part_base = self.requests[0]
         self.part_count = self.requests[1]
+        self.window_start = self.requests[5]
 
     def build(
         self,
@@ -270,7 +273,9 @@ class WorkList:
             config.min_saved_tokens,
             config.part_tokens,
             config.wide_tokens,
+            config.window or 0,
             BLOCK_B=block_b,
+            WINDOWED=config.window is not None,
             num_warps=16,  # pyright: ignore[reportCallIssue]
             **tiles,
         )

@@ -30,6 +30,7 @@ from sglang_batchllm.edge.fusable import (
     latent_dim,
     layer_refusal,
     model_refusal,
+    window_of,
 )
 from sglang_batchllm.edge.mixed import MixedBatch, split_mixed
 from sglang_batchllm.edge.names import ATTENTION_BACKEND
@@ -88,11 +89,11 @@ class BatchLLMAttnBackend(AttentionBackend):
         self.table = _table_of(self.req_to_token_pool)
         self.use_kernels = self.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
         self.num_rows = self.req_to_token.shape[0]
-        self.fused: dict[tuple[int, int, int, int], FusedDecode] = {}
+        self.fused: dict[tuple[int, int, int, int, int | None], FusedDecode] = {}
         refused: list[str] = []
         layers = decoding_layers(model_runner.model, pool)
         for layer in layers:
-            reason = layer_refusal(layer, self.latent)
+            reason = layer_refusal(layer, self.token_to_kv_pool)
             if reason is not None:
                 refused.append(reason)
             elif self.use_kernels:
@@ -246,7 +247,7 @@ class BatchLLMAttnBackend(AttentionBackend):
         """One token per request. q: [batch, query heads * head_dim]; returns [batch, query heads *
         v_head_dim]."""
         if self.needs_native and (
-            layer_refusal(layer, self.latent) is not None
+            layer_refusal(layer, self.token_to_kv_pool) is not None
             or any(value is not None for value in kwargs.values())
         ):
             if sinks is not None:
@@ -321,6 +322,7 @@ class BatchLLMAttnBackend(AttentionBackend):
             layer.scaling * k_scale,
             softcap,
             sinks,
+            window_of(layer),
         )
         out.copy_(result * v_scale)
 
@@ -335,13 +337,20 @@ class BatchLLMAttnBackend(AttentionBackend):
 
     def _fused_for(self, layer: RadixAttention) -> FusedDecode:
         rope_dim = layer.head_dim - layer.v_head_dim
-        shape = (layer.tp_q_head_num, layer.tp_k_head_num, layer.v_head_dim, rope_dim)
+        heads = layer.tp_q_head_num, layer.tp_k_head_num
+        shape = (*heads, layer.v_head_dim, rope_dim, window_of(layer))
         if shape not in self.fused:
             self.fused[shape] = self._make_fused(*shape, self.num_rows)
         return self.fused[shape]
 
     def _make_fused(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, rope_dim: int, max_batch: int
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope_dim: int,
+        window: int | None,
+        max_batch: int,
     ) -> FusedDecode:
         ratio = num_heads // num_kv_heads
         lanes = next_power_of_2(ratio)
@@ -360,6 +369,7 @@ class BatchLLMAttnBackend(AttentionBackend):
                 lanes_large=configs.few.block_m_large // lanes,
                 num_programs=programs[0],
                 many_programs=programs[1],
+                window=window,
             ),
             max_batch=max(max_batch, self.num_rows),
             num_rows=self.num_rows,

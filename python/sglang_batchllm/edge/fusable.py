@@ -30,8 +30,8 @@ def decoding_layers(model: torch.nn.Module, pool: Any) -> list[RadixAttention]:
 
 
 def latent_dim(pool: Any) -> int | None:
-    """Elements of a token's latent in a `full_attention_pool` of multi-head latent attention."""
-    return getattr(pool, "kv_lora_rank", None)
+    """Elements of a token's latent in a pool of multi-head latent attention."""
+    return getattr(full_attention_pool(pool), "kv_lora_rank", None)
 
 
 def full_attention_pool(pool: Any) -> Any:
@@ -39,9 +39,16 @@ def full_attention_pool(pool: Any) -> Any:
     return getattr(pool, "full_kv_pool", pool)
 
 
-def layer_refusal(layer: RadixAttention, latent: int | None) -> str | None:
-    """Why a layer's decode can not be fused, or None. latent: `latent_dim` of its pool."""
-    if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
+def window_of(layer: RadixAttention) -> int | None:
+    """Tokens that a query of the layer attends to, its own the last; None for all."""
+    size = layer.sliding_window_size  # tokens before its own
+    return None if size is None or size < 0 else size + 1
+
+
+def layer_refusal(layer: RadixAttention, pool: Any) -> str | None:
+    """Why a layer's decode can not be fused, or None. pool: the model's."""
+    latent = latent_dim(pool)
+    if window_of(layer) is not None and full_attention_pool(pool) is not pool:
         return "sliding window"
     if layer.is_cross_attention:
         return "cross attention"
@@ -111,7 +118,7 @@ def model_refusal(model_runner: Any) -> str | None:
     layers = decoding_layers(model_runner.model, pool)
     if not layers:
         return "a model without attention layers"
-    reasons = [layer_refusal(layer, latent) for layer in layers]
+    reasons = [layer_refusal(layer, model_runner.token_to_kv_pool) for layer in layers]
     if all(reason is not None for reason in reasons):
         return str(reasons[0])
     return None
