@@ -131,11 +131,30 @@ def test_no_request_is_cut_to_fill_the_last_of_a_step_where_outputs_differ():
         *((True, 105, 10), (True, 80, 8), (True, 25, 3), (True, 8, 1)),
     ):
         engine = EngineModel(10**6, Policy(chunk=max_tokens))
-        requests = [make_request(str(i), prompt, 4) for i, prompt in enumerate(prompts)]
+        requests = [make_request(str(i), prompt, 40) for i, prompt in enumerate(prompts)]
         if differ:
-            requests[0].sampling_params.max_new_tokens = 5
+            requests[0].sampling_params.max_new_tokens = 50
         engine.submit_list(requests)
         assert len(engine.policy.choose(view()).requests) == begun
+
+
+def test_short_answers_decode_between_prefill_steps():
+    for output, most in ((1, 10), (4, 2), (8, 2), (9, 10)):
+        engine = EngineModel(10**6, Policy(chunk=4000))
+        prompts = [[i] * 20 for i in range(2000)]
+        engine.submit_list([make_request(str(i), p, output) for i, p in enumerate(prompts)])
+        kinds = "".join("P" if work.prefill_tokens else "D" for work in engine.run())
+        assert max(map(len, kinds.split("D"))) == most  # prefill steps in a row
+        assert kinds.count("P") == 10
+
+
+def test_short_answers_wait_for_nobody_who_decodes_long():
+    engine = EngineModel(10**6, Policy(chunk=4000))
+    engine.submit(make_request("long", [1] * 20, 100))
+    engine.step()
+    engine.submit_list([make_request(str(i), [i] * 20, 4) for i in range(2000)])
+    kinds = "".join("P" if work.prefill_tokens else "D" for work in engine.run())
+    assert "P" * 10 in kinds
 
 
 def test_requests_that_decode_leave_some_of_a_chunk_to_prompts():

@@ -18,6 +18,7 @@ from sglang_batchllm.policy.admission.outputs import (
     hinted_output,
     most_output,
 )
+from sglang_batchllm.policy.admission.short import is_short
 from sglang_batchllm.policy.paths import SharedPaths
 from sglang_batchllm.policy.pins import ROOT, PinnedTree
 from sglang_batchllm.policy.requests import Request, Turn
@@ -266,15 +267,18 @@ class Batch:
 
         A request is passed over for as long as another computes a prefix that it shares.
         max_tokens: prompt tokens after which no further request is taken. The last one may be cut
-            by it, except to fill the last eighth of a step where requests start a few at a time:
-            what is left of it would take a step of its own.
+            by it, except to fill the last eighth of a step where requests start a few at a time
+            (what is left of it would take a step of its own), or decode before the next one
+            (`admission.short`: nothing can while a prompt is in chunks).
         room: whether a request finds it; selection ends where it does not.
         may_open: told the tokens of new shared prefixes that a request would pin, those in the
             window pool, and whether it is the batch's first waiting request; selection ends where
             it says no.
         """
         chosen: list[Member] = []
-        nearly_full = max_tokens // 8 if self.outputs_differ else 0
+        nearly_full = (
+            max_tokens // 8 if self.outputs_differ or is_short(self._largest_output) else 0
+        )
         first = place = self.waiting.first()
         while place >= 0 and max_tokens > 0 and len(chosen) < max_requests:
             member = self.members[self.order[place]]

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from sglang_batchllm.policy.admission import short
 from sglang_batchllm.policy.admission.forecast import MemoryForecast
 from sglang_batchllm.policy.admission.lanes import Lanes
 from sglang_batchllm.policy.admission.lookahead import Lookahead
@@ -66,6 +67,7 @@ class BatchPolicy:
         self._look_again = False  # although nothing has ended
         self._pressed = False  # memory keeps somebody out
         self._rows_follow = False  # the request in chunks has logprobs to leave to others
+        self._prefilled = False  # the last step did so
         self._claims = 0  # shared prefixes that those of the last prefill step have yet to compute
 
     # Arrivals
@@ -198,6 +200,9 @@ class BatchPolicy:
         self._ledger.kv_in_use(self._limits.capacity - view.available)
         self._rescue.look(view)
         regrouped = self._plan_parts()
+        alternates = self._prefilled and not view.chunk_left
+        if alternates and short.decode_next(self._running, view.decoding):
+            return Decision(full=view.full, regrouped=regrouped)
         full = view.full and not self._look_again
         self._look_again = False
         decision = Decision(full=full, regrouped=regrouped)
@@ -291,6 +296,7 @@ class BatchPolicy:
             if member.batch is not None and (member.claimed or member.batch.opening):
                 member.batch.pins.publish(member, self._store.publish(member.request))
                 self._ledger.published(member.batch)
+        self._prefilled = bool(members)
         if members:
             self._rows_follow = any(member.lead for member in members)
             self._claims = sum(len(member.claimed) for member in members)
