@@ -5,9 +5,10 @@
     python benchmark/bench_clients.py --model PATH --clients 500 --case classify ...
 
 Nobody knows the batch beforehand here: every client sends the next prompt of a common, shuffled
-list once its last answer is there. Counted are the forward steps that the server takes, prompt
-tokens computed, requests per second and latency, on stock SGLang and on --batchllm, each in a
-fresh process, after a round to warm up. What follows a `--` goes to both servers.
+list once its last answer is there; bodies are encoded beforehand. Counted are the forward steps
+that the server takes, prompt tokens computed, requests per second and latency, on stock SGLang and
+on --batchllm, each in a fresh process, after a round to warm up. What follows a `--` goes to both
+servers.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ import numpy as np
 from batches import CASES, Case
 from processes import results_of
 from results_file import ResultFile, Row
-from servers import flush_cache
+from servers import encoded, flush_cache
 from steps import Step, read_steps, record_steps
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 VOCABULARY = 512
 SIDES = ("batchllm", "stock")
+JSON = {"Content-Type": "application/json"}
 ROUNDS = 8
 """Requests of each client."""
 
@@ -94,26 +96,37 @@ async def measure(
     """When the case began, the seconds it took, and its answers; after a round to warm up."""
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as http:
         warm_up = replace(case, requests=clients // case.sharing_degree * case.sharing_degree)
-        await run_clients(http, warm_up, clients, vocabulary, seed=1)
+        await run_clients(http, bodies_of(warm_up, vocabulary, seed=1), clients)
         await flush_cache(http)
+        bodies = bodies_of(case, vocabulary, seed=0)
         started = time.perf_counter()
-        answers = await run_clients(http, case, clients, vocabulary, seed=0)
+        answers = await run_clients(http, bodies, clients)
         return started, time.perf_counter() - started, answers
 
 
-async def run_clients(
-    http: Any, case: Case, clients: int, vocabulary: int, seed: int
-) -> list[tuple[float, Row]]:
+def bodies_of(case: Case, vocabulary: int, seed: int) -> list[bytes]:
+    samplings = [
+        {"temperature": 0, "max_new_tokens": output, "ignore_eos": True}
+        for output in case.outputs()
+    ]
+    prompts = case.prompts(vocabulary, seed)
+    return encoded(
+        [
+            {"input_ids": prompt, "sampling_params": sampling}
+            for prompt, sampling in zip(prompts, samplings, strict=True)
+        ]
+    )
+
+
+async def run_clients(http: Any, bodies: Sequence[bytes], clients: int) -> list[tuple[float, Row]]:
     """Seconds and meta information of every answer to `clients` that ask without a pause."""
-    prompts = zip(case.prompts(vocabulary, seed), case.outputs(), strict=True)
+    left = iter(bodies)  # one iterator for all of them
     answers: list[tuple[float, Row]] = []
 
     async def client() -> None:
-        for prompt, output in prompts:  # one iterator for all of them
-            sampling = {"temperature": 0, "max_new_tokens": output, "ignore_eos": True}
-            body = {"input_ids": prompt, "sampling_params": sampling}
+        for body in left:
             sent = time.perf_counter()
-            async with http.post("/generate", json=body) as response:
+            async with http.post("/generate", data=body, headers=JSON) as response:
                 answer = await response.json()
             answers.append((time.perf_counter() - sent, answer["meta_info"]))
 

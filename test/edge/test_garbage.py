@@ -1,10 +1,17 @@
-"""What many requests leave behind is let go of a few at a time."""
+"""What many requests leave behind is let go of a few at a time, and what lives before them is not
+looked at."""
 
 import asyncio
 import weakref
 from itertools import pairwise
+from typing import Any
+
+import pytest
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from sglang_batchllm.edge.garbage import FREED_AT_ONCE, Leftovers
+from sglang_batchllm.edge.lists import ListIntake
 
 MANY = 3 * FREED_AT_ONCE + 1
 
@@ -44,3 +51,22 @@ def test_the_event_loop_turns_while_they_are_freed():
     seen = asyncio.run(main())
     assert all(before - after <= FREED_AT_ONCE for before, after in pairwise(seen))
     assert seen[0] == MANY and not alive
+
+
+def test_the_first_request_has_what_lives_set_aside_and_no_other(monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+
+    async def freeze(self: Any) -> None:
+        done.append("freeze")
+
+    async def tokenize(self: Any, obj: Any) -> None:
+        done.append("tokenize")
+
+    monkeypatch.setattr(TokenizerManager, "freeze_gc", freeze)
+    monkeypatch.setattr(TokenizerManager, "_tokenize_one_request", tokenize)
+    front: Any = object.__new__(ListIntake)
+    front._expects_many = False
+    request = GenerateReqInput(input_ids=[1])
+    for _ in range(2):
+        asyncio.run(front._tokenize_one_request(request))
+    assert done == ["freeze", "tokenize", "tokenize"]

@@ -71,7 +71,8 @@ class ListIntake(SampledLists):
             )
 
     async def expect_many(self) -> None:
-        """The scheduler, too, sets aside what lives before the first of them come."""
+        """The scheduler, too, sets aside what lives before the first of them come: the collector
+        would take a second for it, every few thousand requests, in which nobody is served."""
         if not self._expects_many:
             self._expects_many = True
             await self.freeze_gc()
@@ -105,8 +106,6 @@ class ListIntake(SampledLists):
             batch_size, obj
         ):
             self._validate_batch_tokenization_constraints(batch_size, obj)
-        if batch_size >= SLICE:
-            await self.expect_many()
         if self.replicas is None and comes_in_parts(obj, batch_size, self.model_config):
             prompts: Any = obj.text or obj.input_ids
             if first := opening_of(prompts):
@@ -197,6 +196,7 @@ class ListIntake(SampledLists):
     async def _tokenize_one_request(
         self, obj: GenerateReqInput | EmbeddingReqInput
     ) -> TokenizedGenerateReqInput | TokenizedEmbeddingReqInput:
+        await self.expect_many()
         tokenized = await super()._tokenize_one_request(obj)
         if (
             isinstance(tokenized, TokenizedGenerateReqInput)
