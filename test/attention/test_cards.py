@@ -42,6 +42,7 @@ HEADS = {
     "gpt-oss": Heads(8, 8, 64, sinks=True),
     "gemma": Heads(4, 2, 256, softcap=50.0),
     "gemma, window": Heads(8, 2, 256, window=1024),
+    "qwen3.5": Heads(4, 4, 256),
     "phi": Heads(32, 1, 80, dtype=torch.float16),
     "falcon": Heads(1, 71, 64),
     "most of all": Heads(1, 64, 256),

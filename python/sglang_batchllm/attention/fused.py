@@ -91,8 +91,13 @@ def choose_config(
     if dtype == torch.float32:
         # No tensor cores at full precision: small tiles keep the operands in registers.
         return KernelConfig(small, 16, 2, max(32, lanes), 16, 2, 4, 1)
-    if head_dim > 128 or lanes > 16:
+    if lanes > 16:
         return KernelConfig(small, 32, 3, large, 32, 3, 4, 1)
+    if head_dim > 128:
+        # Tiles for the members of a usual group: two programs of a multiprocessor take 60% of one's
+        # time (H200, 16 heads on 8 of 256, benchmark/bench_windows.py).
+        programs = 2 if shared_memory >= SHARED_MEMORY else 1
+        return KernelConfig(small, 32, 3, min(max(32, 16 * lanes), 64), 32, 3, 4, programs)
     token = 2 * next_power_of_2(head_dim) * dtype.itemsize  # its key and value
     block_n = 64 if shared_memory >= 3 * (2 * 64 * token + OTHER_MEMORY) else 32
     programs = min(max(shared_memory // (2 * block_n * token + OTHER_MEMORY), 1), 3)
