@@ -201,7 +201,7 @@ class BatchPolicy:
         self._rescue.look(view)
         regrouped = self._plan_parts()
         alternates = self._prefilled and not view.chunk_left
-        if alternates and short.decode_next(self._running, view.decoding):
+        if alternates and short.decode_next(self._running.max_output, view.decoding):
             return Decision(full=view.full, regrouped=regrouped)
         full = view.full and not self._look_again
         self._look_again = False

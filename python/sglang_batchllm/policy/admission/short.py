@@ -12,17 +12,13 @@ would take more steps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from sglang_batchllm.policy.admission import level
-
-if TYPE_CHECKING:
-    from sglang_batchllm.policy.admission.running import Running
+import numpy as np
 
 SHORT_OUTPUT = 8
 """Most tokens of output."""
-ENOUGH_ROWS = 2 * level.ENOUGH_ROWS
-"""Fewest requests that decode in a step between two that prefill."""
+ENOUGH_ROWS = 256
+"""Fewest requests that decode in a step between two that prefill. From 184 rows on an H200's matrix
+products are bound by its arithmetic and not by its memory (`admission.level`)."""
 
 
 def is_short(max_output: int) -> bool:
@@ -30,8 +26,12 @@ def is_short(max_output: int) -> bool:
     return 1 < max_output <= SHORT_OUTPUT
 
 
-def decode_next(running: Running, decoding: int) -> bool:
-    """After a prefill step: whether those that run decode before others are prefilled."""
+def decode_next(max_output: np.ndarray, decoding: int) -> bool:
+    """After a prefill step: whether those that run decode before others are prefilled.
+
+    max_output: int64, tokens that each of them may decode, 0 for any number; decoding: how many of
+    them are past their prefill.
+    """
     if decoding < ENOUGH_ROWS:
         return False
-    return bool(running.max_output.min() > 0) and is_short(int(running.max_output.max()))
+    return bool(max_output.min() > 0) and is_short(int(max_output.max()))
