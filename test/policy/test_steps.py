@@ -3,11 +3,13 @@
 import random
 from typing import Any
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_model import EngineModel, Policy
 from kv_model import Request, make_request
+from sglang_batchllm.policy.admission.short import decode_next
 from sglang_batchllm.policy.batch import member_of
 from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.step import Arrival, Limits, View, WindowPool
@@ -146,6 +148,12 @@ def test_short_answers_decode_between_prefill_steps():
         kinds = "".join("P" if work.prefill_tokens else "D" for work in engine.run())
         assert max(map(len, kinds.split("D"))) == most  # prefill steps in a row
         assert kinds.count("P") == 10
+
+
+def test_nobody_decodes_where_all_have_ended():
+    assert not decode_next(np.zeros(0, np.int64), decoding=300)
+    assert not decode_next(np.array([4, 0]), decoding=300)  # one may decode any number of tokens
+    assert decode_next(np.array([4, 1]), decoding=300)
 
 
 def test_short_answers_wait_for_nobody_who_decodes_long():

@@ -29,9 +29,9 @@ def is_short(max_output: int) -> bool:
 def decode_next(max_output: np.ndarray, decoding: int) -> bool:
     """After a prefill step: whether those that run decode before others are prefilled.
 
-    max_output: int64, tokens that each of them may decode, 0 for any number; decoding: how many of
-    them are past their prefill.
+    max_output: int64, tokens that each of them may decode, 0 for any number; decoding: how many are
+    past their prefill, some of whom may have ended since.
     """
-    if decoding < ENOUGH_ROWS:
+    if decoding < ENOUGH_ROWS or not len(max_output):
         return False
     return bool(max_output.min() > 0) and is_short(int(max_output.max()))
