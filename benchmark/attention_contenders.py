@@ -70,7 +70,8 @@ def attention_of(fused: FusedDecode, inputs: Inputs) -> Attention:
     return attention
 
 
-def make_fa3(inputs: Inputs) -> tuple[None, Attention]:
+def make_fa3(inputs: Inputs, window: int | None = None) -> tuple[None, Attention]:
+    """window: tokens that a query sees. SGLang prepares fa3's schedule for layers without one."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache, get_scheduler_metadata
 
     batch = inputs.q.shape[0]
@@ -81,9 +82,9 @@ def make_fa3(inputs: Inputs) -> tuple[None, Attention]:
         batch_size=batch,
         max_seqlen_q=1,
         max_seqlen_k=page_table.shape[1],
-        num_heads=HEADS,
-        num_heads_k=KV_HEADS,
-        headdim=DIM,
+        num_heads=inputs.q.shape[1],
+        num_heads_k=inputs.caches[0][0].shape[1],
+        headdim=inputs.q.shape[2],
         cache_seqlens=lengths,
         qkv_dtype=torch.bfloat16,
         cu_seqlens_q=cu_seqlens_q,
@@ -102,7 +103,8 @@ def make_fa3(inputs: Inputs) -> tuple[None, Attention]:
             max_seqlen_q=1,
             softmax_scale=inputs.scale,
             causal=True,
-            scheduler_metadata=metadata,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+            scheduler_metadata=metadata if window is None else None,
         )
 
     return None, attention

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from attention_contenders import Attention, attention_of, make_list
+from attention_contenders import Attention, attention_of, make_fa3, make_list
 from attention_shapes import BYTES_PER_MS, Groups, Inputs, make_inputs, uniform
 from bench_attention import check, step_ms
 from results_file import ResultFile
@@ -69,30 +69,6 @@ def make_ours(
     return build, attention_of(fused, inputs)
 
 
-def make_fa3(inputs: Inputs, window: int | None) -> Attention:
-    from sgl_kernel.flash_attn import flash_attn_with_kvcache
-
-    page_table = inputs.req_to_token[inputs.rows].contiguous()
-    lengths = inputs.seq_lens.int()
-    cu_seqlens_q = torch.arange(len(lengths) + 1, dtype=torch.int32, device="cuda")
-
-    def attention(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return flash_attn_with_kvcache(
-            q=inputs.q,
-            k_cache=k[:, None],
-            v_cache=v[:, None],
-            page_table=page_table,
-            cache_seqlens=lengths,
-            cu_seqlens_q=cu_seqlens_q,
-            max_seqlen_q=1,
-            softmax_scale=inputs.scale,
-            causal=True,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
-        )
-
-    return attention
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="put the rows into this file")
@@ -105,7 +81,7 @@ def main() -> None:
             once()
             error = check(ours, inputs, window=window)
             milliseconds = step_ms(once, ours, inputs)
-            fa3 = make_fa3(inputs, window)
+            _, fa3 = make_fa3(inputs, window)
             row = file.add(
                 {
                     "case": name,
