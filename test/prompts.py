@@ -1,6 +1,7 @@
 """Batches of token ids with every kind of sharing, and what they cost at least."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from engines import VOCAB_SIZE
@@ -39,3 +40,29 @@ def distinct_tokens(prompts: Sequence[Sequence[int]], page_size: int = 1) -> int
         total += len(prompt) - min(hits * page_size, (len(prompt) - 1) // page_size * page_size)
         cached.update(pages)
     return total
+
+
+def computed_tokens(prompts: Sequence[Sequence[int]], least_saved: int) -> int:
+    """The same where a prefix is computed once only if that saves so many tokens, beside those that
+    the longest such prefix of it saves. One that is a whole prompt is computed by that."""
+    together = Counter(tuple(p[:end]) for p in prompts for end in range(1, len(p) + 1))
+    onwards = Counter[tuple[int, ...]]()  # the most that go on alike
+    for prefix, count in together.items():
+        onwards[prefix[:-1]] = max(onwards[prefix[:-1]], count)
+    shared: dict[tuple[int, ...], int] = {}  # tokens of it that are computed once
+
+    def above(prefix: tuple[int, ...]) -> int:
+        ends = range(len(prefix) - 1, 0, -1)
+        return next((shared[prefix[:end]] for end in ends if prefix[:end] in shared), 0)
+
+    total = 0
+    for prefix in sorted(together, key=len):
+        if together[prefix] > max(onwards[prefix], 1):
+            begin = above(prefix)
+            end = max(len(prefix) - (onwards[prefix] == 0), begin)
+            if (together[prefix] - 1) * (end - begin) >= max(least_saved, 1):
+                shared[prefix] = end
+                total += end - begin
+    leading = {tuple(p) for p in prompts if shared.get(tuple(p)) == len(p)}
+    own = (len(p) - shared.get(tuple(p), above(tuple(p))) for p in prompts)
+    return total + sum(max(tokens, 1) for tokens in own) - len(leading)

@@ -10,8 +10,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prompts import computed_tokens
 from sglang_batchllm.planning import plan_batch
 from sglang_batchllm.policy.admission.window_forecast import WindowForecast
+from sglang_batchllm.policy.pins import ROOT
 from sglang_batchllm.policy.step import WindowPool
 from sglang_batchllm.policy.windowed import MOST_PINNED, WindowedTree
 
@@ -131,6 +133,37 @@ def chain_of(capacity: int) -> tuple[WindowedTree, Store, list[Member], list[int
     tree = WindowedTree(plan, store, count, WindowPool(WINDOW, capacity, SLACK))
     members = [Member(Prompt(one), tree.home[index]) for index, one in enumerate(arrays)]
     return tree, store, members, counted
+
+
+prompts_alike = st.lists(
+    st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=2, max_size=30
+)
+
+
+@given(prompts=prompts_alike, least_saved=st.integers(0, 12))
+def test_what_a_prefix_adds_and_saves_little_belongs_to_those_below(
+    prompts: list[list[int]], least_saved: int
+) -> None:
+    arrays = [array("q", prompt) for prompt in prompts]
+    plan = plan_batch(arrays, 1, np.ones(len(arrays), np.int64), namespaces=[None] * len(arrays))
+    pool = WindowPool(1, 100, slack=0, recurrent=True)
+    tree = WindowedTree(plan, Store(), lambda *_: None, pool, least_saved)
+    nodes: set[int] = set()
+    for node in tree.home:
+        while node != ROOT and node not in nodes:
+            nodes.add(node)
+            node = tree.parent[node]
+    once = sum(tree.depth[node] - tree.depth[tree.parent[node]] for node in nodes)
+    own = [
+        max(len(prompt) - tree.depth[home], 1)
+        for prompt, home in zip(prompts, tree.home, strict=True)
+    ]
+    leading = {
+        tuple(prompt)
+        for prompt, home in zip(prompts, tree.home, strict=True)
+        if home != ROOT and tree.depth[home] == len(prompt)
+    }
+    assert once + sum(own) - len(leading) == computed_tokens(prompts, least_saved)
 
 
 def test_a_prefix_is_pinned_for_as_long_as_a_request_may_begin_at_its_end() -> None:

@@ -158,11 +158,12 @@ class Batch:
             outputs,
             namespaces=[request.extra_key for request in requests],
         )
-        self.pins = (
-            PinnedTree(self.plan, store, count_pinned)
-            if windows is None
-            else WindowedTree(self.plan, store, count_pinned, windows)
-        )
+        asked = any(member.ask for member in members)
+        if windows is None:
+            self.pins = PinnedTree(self.plan, store, count_pinned)
+        else:  # who asks for logprobs is given those of all nodes
+            least_saved = 0 if asked else windows.least_saved
+            self.pins = WindowedTree(self.plan, store, count_pinned, windows, least_saved)
         self.outputs_differ = bool(outputs.min() < outputs.max())
         self.page_slack = page_size - 1
         self._largest_prompt = int(self.plan.prompt_lens.max()) + page_size
@@ -184,7 +185,7 @@ class Batch:
         self.unfinished = len(members)
         self._subtree_start, self.subtree_end = self._subtrees()
         self.scoring: Scoring | None = None
-        if any(member.ask for member in members):
+        if asked:
             self.scoring = self.pins.scoring = Scoring(self, self.pins, row_memory)
         self._to_compute = np.concatenate(
             [[0], np.cumsum(self.plan.to_compute[self.plan.order], dtype=np.int64)]

@@ -62,14 +62,24 @@ class PinnedTree:
 
     scoring: RowKeeper | None = None
 
-    def __init__(self, plan: BatchPlan, store: Store, count: Callable[[int, int], None]):
+    def __init__(
+        self,
+        plan: BatchPlan,
+        store: Store,
+        count: Callable[[int, int], None],
+        least_saved: int = 0,
+    ):
         """count: told how many tokens more are pinned, or fewer, and of those in the window
-        pool."""
+        pool. least_saved: nodes that save fewer tokens than that are no nodes here: what they add
+        belongs to those below them."""
         tree = plan.tree
         self._store = store
         self._count = count
-        self.parent: list[int] = tree.parent.tolist()
+        num_requests = tree.num_requests.tolist()
         self.depth: list[int] = usable_depth(tree, plan.page_size).tolist()
+        self.parent, shared = _worthwhile(
+            tree.parent.tolist(), self.depth, num_requests, least_saved
+        )
         self._state = bytearray(tree.num_nodes)
         self._state[ROOT] = READY
         self._pins: dict[int, Any] = {}
@@ -78,17 +88,15 @@ class PinnedTree:
         self.pinned_tokens = 0
         self.times_relaxed = 0
 
-        num_requests = tree.num_requests.tolist()
         self.home = [
-            node if num_requests[node] > 1 else self.parent[node]
-            for node in tree.request_node.tolist()
+            node if shared[node] else self.parent[node] for node in tree.request_node.tolist()
         ]
         # Unfinished requests at home in a node, plus its shared children that are not done.
         self._open = [0] * tree.num_nodes
         for node in self.home:
             self._open[node] += 1
         for node in range(1, tree.num_nodes):
-            if num_requests[node] > 1:
+            if shared[node]:
                 self._open[self.parent[node]] += 1
 
     def is_ready(self, node: int) -> bool:
@@ -252,3 +260,18 @@ class PinnedTree:
         tokens = sign * sum(self.depth[node] - self.depth[self.parent[node]] for node in nodes)
         self.pinned_tokens += tokens
         self._count(tokens, 0)
+
+
+def _worthwhile(
+    parent: list[int], depth: list[int], num_requests: list[int], least_saved: int
+) -> tuple[list[int], list[bool]]:
+    """Each node's nearest shared one above it, and which are shared: by several requests, which
+    save `least_saved` tokens by that or more. Parents come before their children."""
+    above, shared = list(parent), [True] * len(parent)
+    for node in range(1, len(parent)):
+        if not shared[parent[node]]:
+            above[node] = above[parent[node]]
+        others = num_requests[node] - 1
+        saved = others * (depth[node] - depth[above[node]])
+        shared[node] = others > 0 and saved >= least_saved
+    return above, shared

@@ -17,13 +17,15 @@ class WindowPool:
 
     recurrent: of layers that keep a state instead, which is a window of one token. A prefill pass
     leaves the state after its last token alone, so it ends where a shared prefix does; and of one
-    request at a time, since an engine cuts one prompt at a time.
+    request at a time, since an engine cuts one prompt at a time. So a shared prefix is a pass's end
+    only if it saves `least_saved` tokens; shorter ones are computed by each who has them.
     """
 
     window: int
     capacity: int
     slack: int
     recurrent: bool = False
+    least_saved: int = 0
 
 
 @dataclass(frozen=True)
