@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from sglang_batchllm.edge.garbage import FREED_AT_ONCE, Leftovers
 from sglang_batchllm.edge.lists import ListIntake
@@ -62,8 +61,9 @@ def test_the_first_request_has_what_lives_set_aside_and_no_other(monkeypatch: py
     async def tokenize(self: Any, obj: Any) -> None:
         done.append("tokenize")
 
-    monkeypatch.setattr(TokenizerManager, "freeze_gc", freeze)
-    monkeypatch.setattr(TokenizerManager, "_tokenize_one_request", tokenize)
+    stock = next(c for c in ListIntake.__mro__[1:] if "_tokenize_one_request" in vars(c))
+    monkeypatch.setattr(stock, "freeze_gc", freeze)
+    monkeypatch.setattr(stock, "_tokenize_one_request", tokenize)
     front: Any = object.__new__(ListIntake)
     front._expects_many = False
     request = GenerateReqInput(input_ids=[1])
