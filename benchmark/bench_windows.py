@@ -20,7 +20,7 @@ from attention_contenders import Attention, attention_of, make_fa3, make_list
 from attention_shapes import BYTES_PER_MS, Groups, Inputs, make_inputs, uniform
 from bench_attention import check, step_ms
 from results_file import ResultFile
-from sglang_batchllm.attention.fused import FusedDecode, KernelConfigs, choose_configs
+from sglang_batchllm.attention.fused import FusedDecode, choose_configs
 
 HEADS, KV_HEADS, DIM = 16, 8, 256
 WINDOW = 1024
@@ -59,11 +59,9 @@ def floor_ms(groups: Groups, window: int | None) -> float:
     return tokens * TOKEN_BYTES / BYTES_PER_MS
 
 
-def make_ours(
-    inputs: Inputs, window: int | None, configs: KernelConfigs | None = None
-) -> tuple[Callable[[], None], Attention]:
+def make_ours(inputs: Inputs, window: int | None) -> tuple[Callable[[], None], Attention]:
     memory = torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor
-    configs = configs or choose_configs(torch.bfloat16, DIM, HEADS // KV_HEADS, memory)
+    configs = choose_configs(torch.bfloat16, DIM, HEADS // KV_HEADS, memory)
     work, build = make_list(inputs, configs, KV_HEADS, window=window)
     fused = FusedDecode(configs, work, HEADS, KV_HEADS, DIM, torch.bfloat16, "cuda")
     return build, attention_of(fused, inputs)

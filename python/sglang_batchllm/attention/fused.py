@@ -94,8 +94,9 @@ def choose_config(
     if lanes > 16:
         return KernelConfig(small, 32, 3, large, 32, 3, 4, 1)
     if head_dim > 128:
-        # Tiles for the members of a usual group: two programs of a multiprocessor take 60% of one's
-        # time (H200, 16 heads on 8 of 256, benchmark/bench_windows.py).
+        # Two programs of a multiprocessor, with tiles of 16 members where 64 rows hold them: on an
+        # H200 58% to 64% of the time of one with tiles of 64 rows, with 16 heads on 8 of 256, in
+        # the cases of benchmark/results/windows.json. Other ratios were not timed.
         programs = 2 if shared_memory >= SHARED_MEMORY else 1
         return KernelConfig(small, 32, 3, min(max(32, 16 * lanes), 64), 32, 3, 4, programs)
     token = 2 * next_power_of_2(head_dim) * dtype.itemsize  # its key and value

@@ -23,8 +23,7 @@ def reference_decode(
     q: [batch, query heads, head_dim]; k_cache, v_cache: [slots, KV heads, head_dim];
     req_to_token: [rows, context]; rows, seq_lens: [batch]; sinks: one logit per query head, in
     the denominator only; window: tokens that it attends to, the last ones, None for all. Returns
-    [batch, query heads, head_dim] in ``dtype``; a request without
-    tokens gets zeros.
+    [batch, query heads, head_dim] in ``dtype``; a request without tokens gets zeros.
     """
     batch, num_heads, _ = q.shape
     ratio = num_heads // k_cache.shape[1]

@@ -2,9 +2,9 @@
 
 Requests of a few output tokens spend most of their time in prefill steps, and what the host does
 for each of them is much beside their few decode steps. If the pool were filled first, and then
-emptied, a decode step would have a thousand rows and more, and the GPU would wait for the host,
-which prepares them and sees to their results; between two prefill steps the host does that while
-the GPU prefills. A step of ENOUGH_ROWS uses the weights that it reads as well as a fuller one.
+emptied, decode steps of a thousand rows and more would follow one another, each of which the host
+prepares and sees to the results of; between two prefill steps it can do that while the GPU
+prefills. A step of ENOUGH_ROWS uses the weights that it reads as well as a fuller one.
 
 Longer answers are decoded together once all are prefilled: as late ones would end later, the batch
 would take more steps.
