@@ -156,6 +156,7 @@ class EngineModel:
             available=self.pool.available,
             max_requests=self._limits.max_running - len(self.running),
             chunk_left=self._chunk_left,
+            chunk_next=self._chunk_left,
             stepped=self._stepped,
             full=self._full,
         )

@@ -23,10 +23,10 @@ READ_FROM_OBJECTS = {
         "rid full_untruncated_fill_ids finished return_logprob logprob logprob_start_len "
         "input_token_logprobs temp_input_top_logprobs_val temp_input_top_logprobs_idx "
         "temp_input_token_ids_logprobs_val temp_input_token_ids_logprobs_idx is_retracted "
-        "inflight_middle_chunks decode_batch_idx seqlen"
+        "inflight_middle_chunks decode_batch_idx seqlen send_token_offset init_next_round_input"
     ),
     "srt.managers.schedule_batch.ScheduleBatch": (
-        "reqs batch_is_full decoding_reqs forward_mode check_decode_mem "
+        "reqs batch_is_full decoding_reqs forward_mode check_decode_mem filter_batch "
         "new_tokens_required_next_decode prefix_lens extend_lens return_logprob "
         "extend_logprob_start_lens extend_input_logprob_token_ids top_logprobs_nums "
         "token_ids_logprobs model_config out_cache_loc req_to_token_pool"

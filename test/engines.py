@@ -78,10 +78,12 @@ def _abort_in_prefill(path: Path) -> None:
     file = path.open("w", buffering=1)
 
     def abort_and_choose(self: Any, *args: Any, **kwargs: Any) -> Any:
-        req = self.chunked_req
-        if req is not None and (req.sampling_params.custom_params or {}).get("abort_in_prefill"):
-            print(req.rid, step_of(req)[1], file=file)
-            self.abort_request(AbortReq(rid=req.rid))
+        others = getattr(self.tree_cache, "in_chunks", ())
+        for req in (self.chunked_req, *others):
+            marks = (req and req.sampling_params.custom_params) or {}
+            if marks.pop("abort_in_prefill", False):
+                print(req.rid, step_of(req)[1], file=file)
+                self.abort_request(AbortReq(rid=req.rid))
         return choose(self, *args, **kwargs)
 
     scheduler.get_next_batch_to_run = abort_and_choose

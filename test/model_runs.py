@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image, fromarray
 
-from engines import VOCAB_SIZE, flush, wait_until_whole
+from engines import (
+    ABORTED_IN_PREFILL,
+    VOCAB_SIZE,
+    abort_in_prefill,
+    flush,
+    wait_until_whole,
+)
 from processes import in_scheduler, stock_scheduler
 from prompts import mixed_batch
 from steps import read_steps, record_steps
@@ -31,7 +37,8 @@ def greedy(tokens: int) -> dict[str, Any]:
 def batches() -> dict[str, list[list[int]]]:
     """mixed: all kinds of sharing, by prefixes shorter and longer than a window. chain: each prompt
     is a prefix of the next. long: no prompt fits a chunk, and what they do not share is longer than
-    a window. labels: two tokens each behind one prefix."""
+    a window. labels: two tokens each behind one prefix. groups: two that a chunk holds, each of
+    which branches twice."""
     chain = [5, 4, *range(2, 182)]
     shared = [7, *range(300, 370)]
     tail = range(10, 10 + CHUNK + WINDOW)
@@ -40,6 +47,11 @@ def batches() -> dict[str, list[list[int]]]:
         "chain": [chain[:length] for length in range(182, 2, -4)],
         "long": [[*shared, first, *tail] for first in range(20, 26)],
         "labels": [[8, *range(430, 470), first, 5] for first in range(20, 28)],
+        "groups": [
+            [*range(50 * group, 50 * group + 20), *end]
+            for group in (3, 4)
+            for end in ([5, 6, 7], [5, 6, 8], [9, 6, 7], [9, 6, 8])
+        ],
         "wide": [p for p in mixed_batch(80, seed=3) if len(p) > 2 * WINDOW][:12],
     }
 
@@ -98,6 +110,8 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
     steps = Path(model) / "steps"
     steps.unlink(missing_ok=True)
     record_steps(TellingEngine, steps)
+    caught = Path(model) / "caught"
+    abort_in_prefill(TellingEngine, caught)
     engine = TellingEngine(
         model_path=model, dtype="float32", sleep_on_idle=True, log_level="warning", **options
     )
@@ -125,6 +139,7 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
             sampling = greedy(LONG_OUTPUT if wide else OUTPUT)
             keep(name, engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids))
         keep("aborted", _aborted(engine))
+        keep("caught", _caught(engine))
         keep("turns", _turns(engine))
         programs = _programs(engine)
         if sees:
@@ -145,6 +160,7 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
         keep("again", engine.generate(input_ids=batches()["mixed"], sampling_params=greedy(OUTPUT)))
         shared = told.read_text().split()
         sent = {"results": results, "reports": reports, "shared": shared, "logprobs": logprobs}
+        sent["caught"] = [line.split() for line in caught.read_text().splitlines()]
         pipe.send(sent | {"programs": programs, "passes": passes})
     finally:
         engine.shutdown()
@@ -153,6 +169,16 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
 def _computed(info: dict[str, Any]) -> int:
     """0 of a request that was aborted before it ran."""
     return info.get("prompt_tokens", 0) - info.get("cached_tokens", 0)
+
+
+def _caught(engine: Any) -> list[dict[str, Any]]:
+    """The groups, of which some are aborted when they are found with a part of their prompts
+    prefilled."""
+    prompts = batches()["groups"]
+    marked = greedy(OUTPUT) | ABORTED_IN_PREFILL
+    sampling = [marked if i in (2, 4, 6) else greedy(OUTPUT) for i in range(len(prompts))]
+    rids = [f"caught-{i}" for i in range(len(prompts))]
+    return engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids)
 
 
 def _aborted(engine: Any) -> list[dict[str, Any]]:

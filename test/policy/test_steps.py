@@ -33,7 +33,8 @@ def engine_with(
 def view(**changes: Any) -> View:
     """Of an engine that is idle and has much memory."""
     facts = {"decoding": 0, "decode_tokens": 0, "available": 10**6, "max_requests": 1000}
-    return View(**(facts | {"chunk_left": 0, "stepped": True, "full": False} | changes))
+    facts |= {"chunk_left": 0, "chunk_next": 0, "stepped": True, "full": False}
+    return View(**(facts | changes))
 
 
 def computed(engine: EngineModel) -> int:
@@ -96,15 +97,37 @@ def test_members_wait_for_their_leader_and_others_do_not():
     assert sorted(list(r.origin_input_ids[:2]) for r in chosen) == [[1, 2], [9, 9]]
 
 
-def test_a_pass_begins_one_prefix_where_states_are_kept():
+def test_a_pass_begins_as_many_prefixes_as_there_are_slots_for_states():
     prompts = [[1, 2, 3, 4], [1, 2, 3, 5], [6, 7, 8, 4], [6, 7, 8, 5], [9, 9], [5]]
-    for recurrent, slots, begun in ((False, 100, 4), (True, 100, 3), (True, 2, 2), (True, 0, 0)):
+    for recurrent, slots, begun in ((False, 100, 4), (True, 100, 4), (True, 5, 3), (True, 2, 2)):
         windows = WindowPool(1, 100, 0, recurrent=recurrent)
         policy = BatchPolicy(TokenPool(1000), Limits(1000, 1, 40, 0.0, windows=windows))
         requests = [make_request(str(i), prompt, 4) for i, prompt in enumerate(prompts)]
         policy.list_arrived([Arrival(one, None, True) for one in requests], requests)
         chosen = policy.choose(view(available=1000, window_available=slots)).requests
         assert len(chosen) == begun, (recurrent, slots)
+
+
+def chosen_with_states(prompts: list[list[int]], slots: int, chunk: int) -> int:
+    """Requests of a list that begin in an idle engine whose layers keep states."""
+    windows = WindowPool(1, slots, 0, recurrent=True, least_saved=6)
+    policy = BatchPolicy(TokenPool(1000), Limits(1000, 1, chunk, 0.0, windows=windows))
+    requests = [make_request(str(i), prompt, 4) for i, prompt in enumerate(prompts)]
+    policy.list_arrived([Arrival(one, None, True) for one in requests], requests)
+    return len(policy.choose(view(available=1000, window_available=slots)).requests)
+
+
+def test_a_pass_is_full_of_what_leads_to_the_next_states():
+    """Of each prompt that begins a prefix, not of what is behind that."""
+    prompts = [[group] * 3 + [9, end] * 10 for group in range(1, 6) for end in (7, 8)]
+    assert chosen_with_states(prompts, slots=100, chunk=10) == 3
+
+
+def test_where_states_are_scarce_those_that_save_little_are_not_kept():
+    """Four pairs need twelve: one leads each of them, or all are loose."""
+    prompts = [[group] * 3 + [9, end] for group in range(1, 5) for end in (7, 8)]
+    assert chosen_with_states(prompts, slots=12, chunk=40) == 4
+    assert chosen_with_states(prompts, slots=11, chunk=40) == 8
 
 
 def test_nobody_waits_for_a_prefix_that_is_in_the_cache():

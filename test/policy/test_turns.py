@@ -183,6 +183,7 @@ def seconds_to_choose(policy: BatchPolicy) -> float:
         available=10**9 - 10**6,
         max_requests=10,
         chunk_left=0,
+        chunk_next=0,
         stepped=True,
         full=False,
     )
@@ -221,11 +222,11 @@ def test_the_rest_of_a_chunked_prompt_is_counted():
     policy = BatchPolicy(EngineModel(900).pool, Limits(900, 1, 512, 0.0))
     policy.arrived(Arrival(make_request("first", [1] * 500, 10), None, False))
     view = {"decoding": 0, "decode_tokens": 0, "max_requests": 10, "stepped": True, "full": False}
-    (first,) = policy.choose(View(available=900, chunk_left=0, **view)).requests
+    (first,) = policy.choose(View(available=900, chunk_left=0, chunk_next=0, **view)).requests
     policy.launched([(first, 0)], False)
     policy.arrived(Arrival(make_request("second", [2] * 400, 10), None, False))
     # 100 of the first have slots; 400 more and its output will, and then 400 do not fit beside it.
-    assert policy.choose(View(available=800, chunk_left=400, **view)).requests == []
+    assert policy.choose(View(available=800, chunk_left=400, chunk_next=400, **view)).requests == []
     assert member_of(first) is not None
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from prompts import computed_tokens
 from sglang_batchllm.planning import plan_batch
+from sglang_batchllm.policy.admission.state_slots import StateSlots
 from sglang_batchllm.policy.admission.window_forecast import WindowForecast
 from sglang_batchllm.policy.pins import ROOT
 from sglang_batchllm.policy.step import WindowPool
@@ -65,12 +66,38 @@ def test_pins_leave_room_for_the_largest_request() -> None:
     assert forecast.may_pin(1, largest=5)
 
 
+def slots(free: int = 10, claimed: int = 0, pinned: int = 0) -> StateSlots:
+    """Of ten, one of which runs already."""
+    slots = StateSlots(10, free, claimed, pinned)
+    slots.add_running(np.ones(1), np.ones(1))
+    return slots
+
+
 def test_a_request_takes_one_state_however_long_it_is_and_decodes() -> None:
-    pool = WindowPool(window=1, capacity=3, slack=0, recurrent=True)
-    forecast = WindowForecast(pool, 0, pinned=0)
-    assert forecast.admit(1000, 50)
-    assert forecast.admit(10, 50, prefix=1)
-    assert not forecast.admit(10, 50)
+    one = slots(free=3)
+    assert one.admit(1000, 50)
+    assert one.admit(10, 50, prefix=1)
+    assert not one.admit(10, 50)
+
+
+def test_states_of_prefixes_are_in_the_way_of_what_begins_now_alone() -> None:
+    one = slots(free=4, claimed=1, pinned=2)
+    assert one.admit(10, 50, prefix=2)  # all that are free
+    assert one.set_aside(100, 50, 5)  # when four and the two of prefixes are
+    assert not one.set_aside(10, 50, 1)
+    assert not slots(free=4, claimed=2).admit(10, 50, prefix=2)
+
+
+def test_states_of_prefixes_leave_one_for_a_request() -> None:
+    one = slots(pinned=6)
+    assert one.may_pin(3, largest=1000)
+    assert not one.may_pin(1, largest=1000)
+
+
+def test_the_first_request_finds_a_slot_in_any_case() -> None:
+    idle = StateSlots(10, free=0, claimed=0, pinned=10)
+    assert idle.admit(10, 50)
+    assert not idle.admit(10, 50)
 
 
 @dataclass

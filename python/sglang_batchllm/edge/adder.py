@@ -24,8 +24,8 @@ class ForecastPrefillAdder(PrefillAdder):
     ones. That admits too few where outputs are short and retracts where they are long. Here it
     only checks that a prefill finds its slots now.
 
-    Where a pass has to end at a branch of the prompts (see `PinnedGroups.next_pass`), it is that of
-    the prompt that is prefilled in chunks; there is one.
+    Where a pass has to end at a branch of the prompts (see `PinnedGroups.next_pass`), those that
+    lead there are prefilled in chunks, as many as there are; see `chunking`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -36,10 +36,8 @@ class ForecastPrefillAdder(PrefillAdder):
     def add_one_req(
         self, req: Req, has_chunked_req: bool, *args: Any, **kwargs: Any
     ) -> AddReqResult:
-        whole, part = self._cache.next_pass(req) or (0, None)
-        in_chunks = has_chunked_req or self.new_chunked_req is not None
-        if part is not None and in_chunks and min(part, self.rem_chunk_tokens) < whole:
-            return AddReqResult.OTHER
+        part = self._cache.next_pass(req)
+        first = self.new_chunked_req
         left = (req.sampling_params.max_new_tokens or 0) - len(req.output_ids)
         guess = min(max(left, 0), CLIP_MAX_NEW_TOKENS)
         seam.set_aside(self, -guess)
@@ -48,13 +46,29 @@ class ForecastPrefillAdder(PrefillAdder):
                 result = super().add_one_req(req, has_chunked_req, *args, **kwargs)
         finally:
             seam.set_aside(self, guess)
+        if self.new_chunked_req is not first and (has_chunked_req or first is not None):
+            self._cache.in_chunks.append(req)
+            self.new_chunked_req = first
         # Behind a branch, or the end of a prompt, the step goes on.
         taken = self.can_run_list and self.can_run_list[-1] is req
         return self.budget_state() if part is not None and taken else result
 
     def add_chunked_req(self, req: Req) -> Req | None:
-        _, part = self._cache.next_pass(req) or (0, None)
-        with self._at_most(part):
+        """With all others that are in chunks: the next pass goes on with each."""
+        others, self._cache.in_chunks = self._cache.in_chunks, []
+        rest = self._add_chunk(req, len(others))
+        for number, other in enumerate(others, 1):
+            other.init_next_round_input()
+            if self._add_chunk(other, len(others) - number) is not None:
+                self._cache.in_chunks.append(other)
+        return rest
+
+    def _add_chunk(self, req: Req, others: int) -> Req | None:
+        """others: such as come after it, each of which takes a page or more."""
+        part, left = self._cache.next_pass(req), self.rem_chunk_tokens
+        if others:
+            left = max(left - others * self.page_size, self.page_size)
+        with self._at_most(left if part is None else min(part, left)):
             return super().add_chunked_req(req)
 
     @contextmanager

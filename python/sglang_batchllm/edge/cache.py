@@ -28,9 +28,11 @@ class PinnedGroups(ABC):
     evicted. All other requests are cached as SGLang does.
 
     policy: told what gives its KV back; the scheduler sets it.
+    in_chunks: requests whose prompts are prefilled in chunks, beside the one that SGLang has.
     """
 
     policy: BatchPolicy | None = None
+    in_chunks: list[Req]
 
     # What is SGLang's
     page_size: Any
@@ -68,6 +70,7 @@ class PinnedGroups(ABC):
     def reset(self) -> None:
         stock: Any = super()
         stock.reset()
+        self.in_chunks = []
         if self.policy is not None:
             self.policy.forget_cached()
 
@@ -103,10 +106,10 @@ class PinnedGroups(ABC):
 
     # Layers that keep a state
 
-    def next_pass(self, req: Req) -> tuple[int, int] | None:
-        """Tokens that the request has yet to prefill, and those of them that its next pass may: to
-        where its prompt leaves others, since the state there is to be kept. None for models whose
-        layers keep no state."""
+    def next_pass(self, req: Req) -> int | None:
+        """Tokens that the request's next pass may prefill: to where its prompt leaves others, since
+        the state there is to be kept, or to its end. None for any number, for models whose layers
+        keep no state."""
         return None
 
     # What the policy asks

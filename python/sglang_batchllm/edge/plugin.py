@@ -222,6 +222,7 @@ def extend_runtime() -> None:
     packed queries, shared logprobs, and our messages among those that it understands."""
     from sglang_batchllm.edge import seams
     from sglang_batchllm.edge.adder import ForecastPrefillAdder
+    from sglang_batchllm.edge.chunking import stream_output
     from sglang_batchllm.edge.mixed import select_backend
     from sglang_batchllm.edge.queries import forward_with_packed_queries
     from sglang_batchllm.edge.scoring import limit_prefix, score_rows
@@ -239,6 +240,11 @@ def extend_runtime() -> None:
         "around",
         "srt.layers.attention.hybrid_attn_backend.HybridAttnBackend.forward",
         forward_with_packed_queries,
+    )
+    _hook(
+        "around",
+        "srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
+        stream_output,
     )
     _hook("around", "srt.managers.schedule_batch.Req._compute_max_prefix_len", limit_prefix)
     _hook("around", "srt.layers.logprob_processor.InputLogprobProcessor.forward", score_rows)

@@ -18,6 +18,7 @@ from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.adder import ForecastPrefillAdder
 from sglang_batchllm.edge.args import BatchLLMServerArgs, resolved
 from sglang_batchllm.edge.cache import PinnedGroups
+from sglang_batchllm.edge.chunking import ChunkingScheduler
 from sglang_batchllm.edge.garbage import Garbage, Leftovers
 from sglang_batchllm.edge.last_layer import sample_rows_in_last_layer
 from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
@@ -27,7 +28,6 @@ from sglang_batchllm.edge.part_line import PartLine
 from sglang_batchllm.edge.queue_index import QueueIndex, without
 from sglang_batchllm.edge.ranks import Ranks
 from sglang_batchllm.edge.scoring import ScoredStep, ask_of, refusal
-from sglang_batchllm.edge.settling import SettlingScheduler
 from sglang_batchllm.edge.sliding import Sliding
 from sglang_batchllm.policy.core import BatchPolicy
 from sglang_batchllm.policy.parts import Part
@@ -57,7 +57,7 @@ SCORED_STEP = "batchllm_scored_step"
 """An attribute of a pass's result."""
 
 
-class BatchLLMScheduler(SettlingScheduler):
+class BatchLLMScheduler(ChunkingScheduler):
     """Stands in for SGLang's Scheduler; without ``batchllm`` it makes one of SGLang's own.
 
     The waiting queue stays SGLang's, and holds every waiting request. For the moment in which
@@ -289,23 +289,20 @@ class BatchLLMScheduler(SettlingScheduler):
             self.waiting_queue, self._held_back = self._held_back, None
 
     def _view(self, running_batch: ScheduleBatch) -> View:
-        chunked = self.chunked_req
         stepped, self._seen_forward_ct = (
             self.forward_ct != self._seen_forward_ct,
             self.forward_ct,
         )
         decoding = len(running_batch.reqs)
+        chunk_left, chunk_next = self.left_in_chunks()
         mixes = self._asked_to_mix and decoding > 0
         return View(
             decoding=decoding,
             decode_tokens=running_batch.new_tokens_required_next_decode() if mixes else 0,
             available=self._cache.evictable_size() + self._cache.available(),
             max_requests=self.places(running_batch),
-            chunk_left=(
-                len(chunked.full_untruncated_fill_ids) - seam.computed(chunked)
-                if chunked is not None
-                else 0
-            ),
+            chunk_left=chunk_left,
+            chunk_next=chunk_next,
             stepped=stepped,
             full=running_batch.batch_is_full,
             window_available=self._cache.window_available(),

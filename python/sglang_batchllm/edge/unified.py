@@ -201,11 +201,9 @@ class RecurrentGroups(UnifiedGroups):
     def keeps(self, req: Req) -> bool:
         return private_member(req) is None and super().keeps(req)
 
-    def next_pass(self, req: Req) -> tuple[int, int]:
-        done = computed(req)
-        whole = len(req.full_untruncated_fill_ids) - done
-        branch = next((end for end in branches(req) if end > done), None)
-        return whole, whole if branch is None else branch - done
+    def next_pass(self, req: Req) -> int:
+        done, end = computed(req), len(req.full_untruncated_fill_ids)
+        return next((branch for branch in branches(req) if branch > done), end) - done
 
     def enter(self, req: Req) -> int:
         end, in_tree = self.reach(req)

@@ -162,7 +162,9 @@ class Batch:
         if windows is None:
             self.pins = PinnedTree(self.plan, store, count_pinned)
         else:  # who asks for logprobs is given those of all nodes
-            least_saved = 0 if asked else windows.least_saved
+            nodes = int((self.plan.tree.num_requests[1:] > 1).sum())
+            all_fit = len(members) + nodes <= windows.capacity
+            least_saved = 0 if asked or all_fit else windows.least_saved
             self.pins = WindowedTree(self.plan, store, count_pinned, windows, least_saved)
         self.outputs_differ = bool(outputs.min() < outputs.max())
         self.page_slack = page_size - 1
@@ -303,13 +305,16 @@ class Batch:
                 break
             self.pins.claim(member)
             self.pins.adopt(member)
-            max_tokens -= tokens
+            max_tokens -= self.tokens_to_prefill(member)
             chosen.append(member)
             place = following
         return chosen
 
     def tokens_to_prefill(self, member: Member) -> int:
-        """Tokens that a selected request has to compute."""
+        """Tokens of a selected request that its first pass computes, unless others fill that."""
+        end = self.pins.pass_ends_at(member)
+        if end is not None:
+            return end - self.pins.depth[self.pins.parent[member.claimed[0]]]
         node = self.pins.parent[member.claimed[0]] if member.claimed else member.home
         return self.tokens_past(member, node) + self.computed_again(member)
 
@@ -389,5 +394,5 @@ class Batch:
 
 
 def tokens_to_prefill(member: Member) -> int:
-    """Tokens of a chosen request that have no KV yet; for one without a plan, at most."""
+    """Of a chosen request; see `Batch.tokens_to_prefill`. For one without a plan, at most."""
     return member.tokens if member.batch is None else member.batch.tokens_to_prefill(member)

@@ -17,6 +17,7 @@ from sglang_batchllm.policy.admission.lanes import Lanes
 from sglang_batchllm.policy.admission.lookahead import Lookahead
 from sglang_batchllm.policy.admission.outputs import OutputLengths, hinted_output
 from sglang_batchllm.policy.admission.running import Running
+from sglang_batchllm.policy.admission.state_slots import StateSlots
 from sglang_batchllm.policy.admission.window_forecast import WindowForecast
 from sglang_batchllm.policy.batch import (
     Batch,
@@ -237,7 +238,7 @@ class BatchPolicy:
             lookahead,
             forecast,
             self.pinned_tokens,
-            self._limits.chunk - view.chunk_left,
+            self._limits.chunk - view.chunk_next,
             self._places(view),
         )
         return chosen, forecast.refused
@@ -249,13 +250,14 @@ class BatchPolicy:
             return view.max_requests
         return min(view.max_requests, view.window_available - self._claims)
 
-    def _window_forecast(self, view: View) -> WindowForecast | None:
-        pool = self._limits.windows
+    def _window_forecast(self, view: View) -> WindowForecast | StateSlots | None:
+        pool, pinned = self._limits.windows, self._ledger.pinned_in_windows
         if pool is None:
             return None
-        coming = self._claims if pool.recurrent else min(view.chunk_left, pool.window)
-        used = pool.capacity - view.window_available + coming
-        return WindowForecast(pool, used, self._ledger.pinned_in_windows)
+        if pool.recurrent:
+            return StateSlots(pool.capacity, view.window_available, self._claims, pinned)
+        used = pool.capacity - view.window_available + min(view.chunk_left, pool.window)
+        return WindowForecast(pool, used, pinned)
 
     def _may_mix(self, view: View) -> bool:
         """SGLang retracts only in steps without prefill, so memory must suffice for both parts.

@@ -154,6 +154,10 @@ class PinnedTree:
         """Where a leader has to begin; None for where the cache ends."""
         return None
 
+    def pass_ends_at(self, member: Leader) -> int | None:
+        """Where a leader's first pass has to end; None for anywhere."""
+        return None
+
     def window_tokens_of_cold(self, member: Leader) -> int:
         """What pins of the COLD nodes on the member's path would take of the window pool."""
         return 0

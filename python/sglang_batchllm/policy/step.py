@@ -16,9 +16,9 @@ class WindowPool:
     window, since what it has left behind is freed only now and then.
 
     recurrent: of layers that keep a state instead, which is a window of one token. A prefill pass
-    leaves the state after its last token alone, so it ends where a shared prefix does; and of one
-    request at a time, since an engine cuts one prompt at a time. So a shared prefix is a pass's end
-    only if it saves `least_saved` tokens; shorter ones are computed by each who has them.
+    leaves the state after its last token alone, so of each prompt it ends where a shared prefix
+    does. least_saved: where the pool does not hold one for each request and prefix of a list, a
+    prefix is kept only if it saves so many tokens; shorter ones are computed by each who has them.
     """
 
     window: int
@@ -60,9 +60,10 @@ class View:
 
     decoding: requests that decode. decode_tokens: KV tokens that their next step takes. available:
     KV tokens that are free or can be evicted. max_requests: that may be added. chunk_left: prompt
-    tokens still to compute of the request that is prefilled in chunks. stepped: a forward step has
-    run since the last choice. full: nothing was to be added until a request has ended, and none
-    has. window_available: as `available`, of the window pool if there is one.
+    tokens still to compute of those that are prefilled in chunks. chunk_next: those of them that
+    the next pass may compute. stepped: a forward step has run since the last choice. full: nothing
+    was to be added until a request has ended, and none has. window_available: as `available`, of
+    the window pool if there is one.
     """
 
     decoding: int
@@ -70,6 +71,7 @@ class View:
     available: int
     max_requests: int
     chunk_left: int
+    chunk_next: int
     stepped: bool
     full: bool
     window_available: int = 0

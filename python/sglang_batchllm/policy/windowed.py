@@ -15,9 +15,9 @@ MOST_PINNED = 2
 are computed again by who needs them."""
 
 LEAST_SAVED = 32
-"""Tokens that a kept state has to save. It ends a prefill pass, and prompts of a language branch in
-hundreds of places: 2,000 English docstrings in 473, of which 443 save 1,752 tokens together, of
-160,000."""
+"""Tokens that a kept state has to save where states are scarce. It takes the place of a request
+that could run, and prompts of a language branch in hundreds of places: 2,000 English docstrings in
+473, of which 443 save 1,752 tokens together, of 160,000."""
 
 
 class WindowedTree(PinnedTree):
@@ -44,6 +44,10 @@ class WindowedTree(PinnedTree):
     def computes_from(self, member: Leader) -> int | None:
         """At its last READY node, so that all that it claims gets windows."""
         return self.depth[self.parent[member.claimed[0]]] if member.claimed else None
+
+    def pass_ends_at(self, member: Leader) -> int | None:
+        """At the first state to be kept."""
+        return self.depth[member.claimed[0]] if member.claimed and self._pool.recurrent else None
 
     def window_tokens_of_cold(self, member: Leader) -> int:
         node, tokens = member.home, 0

@@ -55,16 +55,13 @@ class Lanes:
         waiting = self._intake.batches_waiting()
         reserve = max((b.largest_need(lookahead.shown(b)) for b in waiting), default=0)
         chosen: list[Member] = []
-        opens = False
 
         def may_open(tokens: int, in_windows: int, is_first: bool) -> bool:
             # What stays pinned must leave room for any request to run alone; the first of all
             # may always go when it has the pool to itself.
-            nonlocal pinned, opens
+            nonlocal pinned
             alone = is_first and idle and not chosen
             windows = lookahead.windows
-            if opens and windows is not None and windows.recurrent:
-                return False  # the next pass is for the next one
             if not alone:
                 fits = pinned + tokens + reserve <= self._capacity
                 if not fits or (windows and not windows.may_pin(in_windows, reserve)):
@@ -73,7 +70,6 @@ class Lanes:
             elif windows is not None:
                 windows.pin(in_windows)
             pinned += tokens
-            opens = True
             return True
 
         def take(batches: Iterable[Batch]) -> None:

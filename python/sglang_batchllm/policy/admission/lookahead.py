@@ -14,6 +14,7 @@ from sglang_batchllm.policy.admission.outputs import (
     most_output,
 )
 from sglang_batchllm.policy.admission.running import Running
+from sglang_batchllm.policy.admission.state_slots import StateSlots
 from sglang_batchllm.policy.admission.window_forecast import WindowForecast
 from sglang_batchllm.policy.batch import Batch, Member
 from sglang_batchllm.policy.pins import ROOT
@@ -33,10 +34,11 @@ class Lookahead:
         forecast: MemoryForecast,
         waiting: list[Batch],
         single_row: int,
-        windows: WindowForecast | None = None,
+        windows: WindowForecast | StateSlots | None = None,
     ):
         """waiting: batches of which requests wait. single_row: of `lengths`, for requests that are
-        scheduled by themselves. windows: of the pool of sliding-window layers, if there is one."""
+        scheduled by themselves. windows: of the pool of layers with a window or a state, if there
+        is one."""
         self._forecast = forecast
         self.windows = windows
         self._single_row = single_row
@@ -104,10 +106,9 @@ class Lookahead:
         steps = min(shown, most_output(member.request)) + EXTRA_STEPS
         if not self._forecast.admit(member.tokens, steps):
             return False
-        return self._fits_windows(member.tokens, steps)
+        return self._heed(self.windows is None or self.windows.admit(member.tokens, steps))
 
-    def _fits_windows(self, tokens: int, steps: float, count: int = 1, prefix: int = 0) -> bool:
-        fits = self.windows is None or self.windows.admit(tokens, steps, count, prefix)
+    def _heed(self, fits: bool) -> bool:
         self._forecast.refused |= not fits
         return fits
 
@@ -130,9 +131,10 @@ class Lookahead:
         kept = bool(batch.continued[member.index])
         if not self._forecast.admit(own, steps, prefix=prefix, kept=kept):
             return False
-        in_windows = batch.pins.window_tokens_of_cold(member)
-        if not self._fits_windows(whole_own + batch.page_slack, steps, prefix=in_windows):
-            return False
+        if self.windows is not None:
+            in_windows = batch.pins.window_tokens_of_cold(member)
+            if not self._heed(self.windows.admit(whole_own + batch.page_slack, steps, in_windows)):
+                return False
         self._use(batch, member.home, steps)
         self._pass(batch, member.home, next_position)
         return True
@@ -152,7 +154,7 @@ class Lookahead:
         kept = bool(batch.continued[member.index])
         if not self._forecast.admit(tokens, steps, count=waiting, kept=kept):
             return False
-        if not self._fits_windows(tokens, steps, count=waiting):
+        if not self._heed(self.windows is None or self.windows.set_aside(tokens, steps, waiting)):
             return False
         self._use(batch, member.home, steps)
         self._pass(batch, member.home, positions.stop)

@@ -28,10 +28,6 @@ class WindowForecast:
     def window(self) -> int:
         return self._pool.window
 
-    @property
-    def recurrent(self) -> bool:
-        return self._pool.recurrent
-
     def keep_part(self, parts: int) -> None:
         """Keep one token of so many free of what is admitted from now on."""
         self._forecast.keep(self._pool.capacity // parts)
@@ -47,21 +43,24 @@ class WindowForecast:
         """Shared prefixes of so many tokens are let go in so many steps."""
         self._forecast.add_all(steps, np.minimum(tokens, self.window), count=0)
 
-    def admit(self, tokens: int, steps: float, count: int = 1, prefix: int = 0) -> bool:
-        """Add `count` requests with `tokens` of their own together, unless they do not fit.
+    def admit(self, tokens: int, steps: float, prefix: int = 0) -> bool:
+        """Add a request with `tokens` of its own, unless it does not fit.
 
         prefix: what the pins of new shared prefixes hold in this pool.
         """
-        each = tokens / count
+        passing = min(max(tokens - self._most, 0), self._pool.capacity / LARGEST_CHUNK)
+        self._forecast.add(self._pool.slack, passing, count=0)
+        return self._add(tokens, steps, 1, prefix + int(passing))
+
+    def set_aside(self, tokens: int, steps: float, count: int) -> bool:
+        """As `admit`, for `count` requests that have so many tokens together and begin later."""
+        return self._add(tokens / count, steps, count, 0)
+
+    def _add(self, each: float, steps: float, count: int, beside: int) -> bool:
         held = min(each, self._most)
         growth = min(self._most - held, steps)
-        passes = count == 1 and not self._pool.recurrent
-        passing = min(each - held, self._pool.capacity / LARGEST_CHUNK) if passes else 0
         self._forecast.add(steps, (held + growth) * count, count=0)
-        self._forecast.add(self._pool.slack, passing, count=0)
-        return self._forecast.admit(
-            int(held * count), growth, count, prefix=prefix + int(passing), kept=True
-        )
+        return self._forecast.admit(int(held * count), growth, count, prefix=beside, kept=True)
 
     def may_pin(self, tokens: int, largest: float) -> bool:
         """Whether so many tokens more can be pinned with room for any request beside them; they

@@ -11,7 +11,12 @@ from sglang.srt.managers.scheduler import Scheduler
 
 
 class QueueingScheduler(Scheduler):
-    """A scheduler that tells what leaves its waiting queue."""
+    """A scheduler that tells what leaves its waiting queue.
+
+    rows_going_on: of those whose prompts go on in the batch that is being built.
+    """
+
+    rows_going_on = 0
 
     def departed(self, gone: Collection[Req]) -> None:
         """These requests have left the waiting queue, and will not run."""
@@ -32,6 +37,12 @@ class QueueingScheduler(Scheduler):
     def places(self, running_batch: ScheduleBatch) -> int:
         """Requests that may join those that run."""
         return self.get_num_allocatable_reqs(len(running_batch.reqs))
+
+    def get_num_allocatable_reqs(self, running_bs: int) -> int:
+        """While a batch is built SGLang compares this with all of it, but those that go on in
+        chunks have their rows."""
+        free = super().get_num_allocatable_reqs(running_bs)
+        return min(free + self.rows_going_on, self.max_running_requests - running_bs)
 
     def get_next_batch_to_run(
         self, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None
