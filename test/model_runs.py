@@ -99,7 +99,8 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
     """Sends {"results": of each batch by name, "reports": one for each, "shared": what decodes
     through shared prefixes, and whether the last layer's end is computed for samples alone,
     "passes": prefill passes of each batch, "logprobs": of the first `SCORED` mixed prompts, without
-    their first tokens, "programs": see `_programs`}. sees: whether it reads images."""
+    their first tokens, "programs": see `_programs`, "caught": who was, see `abort_in_prefill`,
+    "streamed": tokens that each event of a stream told of}. sees: whether it reads images."""
     from sglang.srt.entrypoints.engine import Engine
 
     class TellingEngine(Engine):
@@ -140,6 +141,10 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
             keep(name, engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids))
         keep("aborted", _aborted(engine))
         keep("caught", _caught(engine))
+        events = engine.generate(
+            input_ids=batches()["groups"], sampling_params=greedy(OUTPUT), stream=True
+        )
+        streamed = [one["meta_info"]["completion_tokens"] for one in events]
         keep("turns", _turns(engine))
         programs = _programs(engine)
         if sees:
@@ -160,6 +165,7 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
         keep("again", engine.generate(input_ids=batches()["mixed"], sampling_params=greedy(OUTPUT)))
         shared = told.read_text().split()
         sent = {"results": results, "reports": reports, "shared": shared, "logprobs": logprobs}
+        sent["streamed"] = streamed
         sent["caught"] = [line.split() for line in caught.read_text().splitlines()]
         pipe.send(sent | {"programs": programs, "passes": passes})
     finally:

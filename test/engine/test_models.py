@@ -131,6 +131,7 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
             assert len(one["output_ids"]) <= 1  # the last chunk may have run
         else:
             assert one["output_ids"] == results["groups"][index]["output_ids"]
+    assert min(sent["streamed"]) > 0, "nothing is sent of a prompt that goes on"
     assert bool(caught) == (family in RECURRENT)  # no other is in chunks there
 
     wide = reports["wide"]["batches"][-1]
