@@ -23,7 +23,8 @@ READ_FROM_OBJECTS = {
         "rid full_untruncated_fill_ids finished return_logprob logprob logprob_start_len "
         "input_token_logprobs temp_input_top_logprobs_val temp_input_top_logprobs_idx "
         "temp_input_token_ids_logprobs_val temp_input_token_ids_logprobs_idx is_retracted "
-        "inflight_middle_chunks decode_batch_idx seqlen send_token_offset init_next_round_input"
+        "inflight_middle_chunks decode_batch_idx seqlen send_token_offset init_next_round_input "
+        "finished_output"
     ),
     "srt.managers.schedule_batch.ScheduleBatch": (
         "reqs batch_is_full decoding_reqs forward_mode check_decode_mem filter_batch "

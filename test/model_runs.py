@@ -182,7 +182,7 @@ def _caught(engine: Any) -> list[dict[str, Any]]:
     prefilled."""
     prompts = batches()["groups"]
     marked = greedy(OUTPUT) | ABORTED_IN_PREFILL
-    sampling = [marked if i in (2, 4, 6) else greedy(OUTPUT) for i in range(len(prompts))]
+    sampling = [marked if i in (0, 2, 4) else greedy(OUTPUT) for i in range(len(prompts))]
     rids = [f"caught-{i}" for i in range(len(prompts))]
     return engine.generate(input_ids=prompts, sampling_params=sampling, rid=rids)
 

@@ -40,8 +40,8 @@ class ChunkingScheduler(SettlingScheduler):
         return left, at_once
 
     def _in_chunks(self) -> list[Req]:
-        """SGLang has one if anybody has."""
-        return [] if self.chunked_req is None else [self.chunked_req, *self._others]
+        own = [] if self.chunked_req is None else [self.chunked_req]
+        return own + self._others
 
     @property
     def _others(self) -> list[Req]:
@@ -49,11 +49,12 @@ class ChunkingScheduler(SettlingScheduler):
         return cache.in_chunks
 
     def abort_request(self, recv_req: AbortReq) -> None:
-        self._aborted_in_chunks += [
-            req
-            for req in self._others
-            if recv_req.abort_all or req.rid.startswith(recv_req.rid or "")
-        ]
+        if self._others:
+            self._aborted_in_chunks += [
+                req
+                for req in self._in_chunks()
+                if recv_req.abort_all or req.rid.startswith(recv_req.rid or "")
+            ]
         super().abort_request(recv_req)
 
     def get_next_batch_to_run(
@@ -98,6 +99,8 @@ class ChunkingScheduler(SettlingScheduler):
         own, aborted = self.chunked_req, self._pending_chunked_abort_req
         self.chunked_req = self._pending_chunked_abort_req = req
         self.process_pending_chunked_abort()
+        # It has been told, and its last chunk may still run.
+        req.finished_output = True  # type: ignore[assignment]
         self.chunked_req, self._pending_chunked_abort_req = own, aborted
         if own is req:
             self.chunked_req = None
@@ -114,5 +117,7 @@ def stream_output(
 ) -> None:
     """Nothing is sent of a request whose prompt goes on: SGLang leaves out one."""
     if skip_req is not None:
-        reqs = [req for req in reqs if len(req.output_ids) > req.send_token_offset]
+        reqs = [
+            req for req in reqs if req.finished() or len(req.output_ids) > req.send_token_offset
+        ]
     stock(streamer, reqs, return_logprob, skip_req)
