@@ -97,6 +97,29 @@ class Case:
         return [min(max(length, 1), self.longest_output) for length in lengths]
 
 
+WORDS = 10_000
+
+
+@dataclass(frozen=True)
+class Sentences(Case):
+    """As `Case`, but suffixes begin alike wherever those of a language would: their tokens are
+    drawn by Zipf's law from `WORDS` ids, whatever the vocabulary."""
+
+    @property
+    def distinct_tokens(self) -> int:
+        prompts = np.array(sorted(self.prompts(WORDS)))
+        differ = prompts[1:] != prompts[:-1]
+        return prompts.size - int(differ.argmax(axis=1).sum())
+
+    def prompts(self, vocab_size: int, seed: int = 0) -> list[list[int]]:
+        rng = np.random.default_rng([seed, *self.name.encode()])
+        chances = 1 / np.arange(1, WORDS + 1)
+        words = rng.choice(WORDS, (self.requests, self.suffix), p=chances / chances.sum())
+        prefixes = rng.integers(WORDS, size=(self.requests // self.sharing_degree, self.prefix))
+        prompts = np.hstack([np.repeat(prefixes, self.sharing_degree, axis=0), words])
+        return rng.permutation(prompts).tolist()
+
+
 CASES = {
     case.name: case
     for case in (
@@ -114,6 +137,7 @@ CASES = {
         Case("classify-1", 4000, 500, 1500, 40, 1),
         Case("label", 20_000, 100, 50, 10, 1),
         Case("one-prefix", 2000, 2000, 369, 100, 8),  # prompts, prefix: vllm#36010
+        Sentences("sentences", 2000, 2000, 369, 100, 8),
         Case("mixed", 800, 16, 2000, 200, 200, longest_output=1000),
         Case("mixed-unknown", 800, 16, 2000, 200, 200, longest_output=1000, twin="mixed"),
     )

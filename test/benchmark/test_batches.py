@@ -1,10 +1,10 @@
-"""Samples of a trace: what they share is what the hash ids say."""
+"""Batches of the benchmarks share what they say."""
 
 import json
 
 import pytest
 
-from batches import BLOCK, TraceSample
+from batches import BLOCK, CASES, TraceSample
 from sglang_batchllm.planning import plan_batch
 
 VOCAB_SIZE = 32_000
@@ -44,3 +44,13 @@ def test_a_sample_is_seeded_and_fits_the_context(trace):
     assert TraceSample.of(trace, 10, seed=3) != TraceSample.of(trace, 10, seed=4)
     short = TraceSample.of(trace, 100, context=3 * BLOCK)
     assert max(length + output for length, output, _ in short.lines) <= 3 * BLOCK
+
+
+def test_sentences_begin_alike_in_many_places():
+    sentences = CASES["sentences"]
+    plan = plan_batch(sentences.prompts(VOCAB_SIZE))
+    assert sentences.distinct_tokens == plan.report.distinct_tokens
+    branches = (plan.tree.num_requests > 1).sum()
+    assert 200 < branches < 1000
+    loose = sentences.prefix + sentences.requests * sentences.suffix
+    assert 0.9 * loose < sentences.distinct_tokens < loose
