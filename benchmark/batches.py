@@ -98,12 +98,13 @@ class Case:
 
 
 WORDS = 10_000
+"""Token ids of `Sentences`; a model's vocabulary has to be as large."""
 
 
 @dataclass(frozen=True)
 class Sentences(Case):
     """As `Case`, but suffixes begin alike wherever those of a language would: their tokens are
-    drawn by Zipf's law from `WORDS` ids, whatever the vocabulary."""
+    drawn by Zipf's law."""
 
     @property
     def distinct_tokens(self) -> int:

@@ -94,10 +94,9 @@ def test_states_of_prefixes_leave_one_for_a_request() -> None:
     assert not one.may_pin(1, largest=1000)
 
 
-def test_the_first_request_finds_a_slot_in_any_case() -> None:
-    idle = StateSlots(10, free=0, claimed=0, pinned=10)
-    assert idle.admit(10, 50)
-    assert not idle.admit(10, 50)
+def test_the_first_request_needs_one_slot_whatever_it_pins() -> None:
+    assert StateSlots(10, free=1, claimed=0, pinned=9).admit(10, 50, prefix=3)
+    assert not StateSlots(10, free=1, claimed=1, pinned=9).admit(10, 50)
 
 
 @dataclass

@@ -80,7 +80,7 @@ class ChunkingScheduler(SettlingScheduler):
 
     def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> Any:
         self._have_one()
-        self.rows_going_on = len(self._in_chunks())
+        self.rows_going_on = len(self._in_chunks())  # 0.5.17 asks; later releases count them
         plan = super().get_new_batch_prefill(running_batch)
         self.rows_going_on = 0
         computed = set() if plan.batch_to_run is None else {*plan.batch_to_run.reqs}

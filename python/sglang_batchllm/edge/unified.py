@@ -21,7 +21,6 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.cache import PinnedGroups, branches, private_member
 from sglang_batchllm.policy.step import WindowPool
-from sglang_batchllm.policy.windowed import LEAST_SAVED
 
 if TYPE_CHECKING:
     from sglang_batchllm.edge.seams.v0_5_17.scheduler import computed
@@ -192,7 +191,7 @@ class RecurrentGroups(UnifiedGroups):
 
     def window_pool(self) -> WindowPool:
         slots = self.req_to_token_pool.mamba_pool.size
-        return WindowPool(1, slots, slack=0, recurrent=True, least_saved=LEAST_SAVED)
+        return WindowPool(1, slots, slack=0, recurrent=True)
 
     def window_available(self) -> int:
         free: int = self.req_to_token_pool.mamba_allocator.available_size()

@@ -26,7 +26,7 @@ from sglang_batchllm.policy.rows import Ask, Lead, RowMemory
 from sglang_batchllm.policy.scoring import Scoring
 from sglang_batchllm.policy.step import WindowPool
 from sglang_batchllm.policy.waiting import Waiting
-from sglang_batchllm.policy.windowed import WindowedTree
+from sglang_batchllm.policy.windowed import LEAST_SAVED, WindowedTree
 
 if TYPE_CHECKING:
     from sglang_batchllm.policy.store import Store
@@ -163,8 +163,8 @@ class Batch:
             self.pins = PinnedTree(self.plan, store, count_pinned)
         else:  # who asks for logprobs is given those of all nodes
             nodes = int((self.plan.tree.num_requests[1:] > 1).sum())
-            all_fit = len(members) + nodes <= windows.capacity
-            least_saved = 0 if asked or all_fit else windows.least_saved
+            scarce = windows.recurrent and len(members) + nodes > windows.capacity
+            least_saved = LEAST_SAVED if scarce and not asked else 0
             self.pins = WindowedTree(self.plan, store, count_pinned, windows, least_saved)
         self.outputs_differ = bool(outputs.min() < outputs.max())
         self.page_slack = page_size - 1
@@ -305,7 +305,7 @@ class Batch:
                 break
             self.pins.claim(member)
             self.pins.adopt(member)
-            max_tokens -= self.tokens_to_prefill(member)
+            max_tokens -= self.tokens_to_prefill(member) if member.claimed else tokens
             chosen.append(member)
             place = following
         return chosen

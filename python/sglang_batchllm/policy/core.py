@@ -239,16 +239,9 @@ class BatchPolicy:
             forecast,
             self.pinned_tokens,
             self._limits.chunk - view.chunk_next,
-            self._places(view),
+            view.max_requests,
         )
         return chosen, forecast.refused
-
-    def _places(self, view: View) -> int:
-        """Requests that may be added: one that begins without a state is lost."""
-        pool = self._limits.windows
-        if pool is None or not pool.recurrent:
-            return view.max_requests
-        return min(view.max_requests, view.window_available - self._claims)
 
     def _window_forecast(self, view: View) -> WindowForecast | StateSlots | None:
         pool, pinned = self._limits.windows, self._ledger.pinned_in_windows

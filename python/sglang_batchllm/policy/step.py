@@ -17,15 +17,13 @@ class WindowPool:
 
     recurrent: of layers that keep a state instead, which is a window of one token. A prefill pass
     leaves the state after its last token alone, so of each prompt it ends where a shared prefix
-    does. least_saved: where the pool does not hold one for each request and prefix of a list, a
-    prefix is kept only if it saves so many tokens; shorter ones are computed by each who has them.
+    does.
     """
 
     window: int
     capacity: int
     slack: int
     recurrent: bool = False
-    least_saved: int = 0
 
 
 @dataclass(frozen=True)

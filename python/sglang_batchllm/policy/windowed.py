@@ -15,9 +15,9 @@ MOST_PINNED = 2
 are computed again by who needs them."""
 
 LEAST_SAVED = 32
-"""Tokens that a kept state has to save where states are scarce. It takes the place of a request
-that could run, and prompts of a language branch in hundreds of places: 2,000 English docstrings in
-473, of which 443 save 1,752 tokens together, of 160,000."""
+"""Tokens that a kept state has to save where there are fewer slots than requests and branches of a
+list. It takes the place of a request that could run, and prompts of a language branch in hundreds
+of places: 2,000 English docstrings in 473, of which 443 save 1,752 tokens together, of 160,000."""
 
 
 class WindowedTree(PinnedTree):

@@ -6,9 +6,10 @@ import numpy as np
 
 
 class StateSlots:
-    """A request holds one slot from its beginning to its end. The pin of a shared prefix holds one
-    for as long as a request may begin at its end: so it is in the way of what begins now, but of
-    nothing that waits for the prefix, which takes its place.
+    """A request holds one slot from its beginning to its end; one that began without would be lost.
+    The pin of a shared prefix holds one until those that begin at its end have ended. What begins
+    now needs slots beside all pins. What waits for a prefix begins as others end, and their pins
+    go with them: it is counted beside requests alone.
 
     Asked as `WindowForecast` is, with tokens and steps that don't matter here.
     """
@@ -36,11 +37,11 @@ class StateSlots:
 
     def admit(self, tokens: int, steps: float, prefix: int = 0) -> bool:
         """Have a request begin, and pin `prefix` states on its way, unless there are too few slots.
-        The very first may always."""
+        The very first needs one: nobody would make room for the others."""
         alone, self._alone = self._alone, False
         self._now -= 1 + prefix
         self._in_time -= 1
-        return alone or min(self._now, self._in_time) >= 0
+        return self._now + prefix >= 0 if alone else min(self._now, self._in_time) >= 0
 
     def set_aside(self, tokens: int, steps: float, count: int) -> bool:
         """Keep slots for `count` requests that wait for a prefix, unless there are too few."""
