@@ -67,6 +67,8 @@ READ_FROM_OBJECTS = {
     "srt.mem_cache.memory_pool.MLATokenToKVPool": (
         "set_kv_buffer get_kv_buffer dtype size kv_lora_rank"
     ),
+    "srt.mem_cache.memory_pool.MambaPool": "mamba_cache",
+    "srt.mem_cache.memory_pool.MambaPool.State": "conv temporal",
     "srt.mem_cache.radix_cache.RadixKey": "__init__",
     "srt.model_executor.forward_batch_info.ForwardBatch": (
         "forward_mode batch_size input_ids req_pool_indices seq_lens seq_lens_cpu seq_lens_sum "

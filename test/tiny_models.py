@@ -133,7 +133,6 @@ FAMILIES = {
             "hidden_size": 32,
             "intermediate_size": 32,
             "num_heads": 2,
-            "out_hidden_size": 64,
             "patch_size": PATCH,
             "deepstack_visual_indexes": [],
         },
@@ -266,7 +265,8 @@ def make_model(
     if made.vision is None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(made.kind, **texts))
     else:
-        parts = {"text_config": texts, "vision_config": dict(made.vision), **_see(folder)}
+        sees = dict(made.vision) | {"out_hidden_size": texts["hidden_size"]}
+        parts = {"text_config": texts, "vision_config": sees, **_see(folder)}
         config = AutoConfig.for_model(made.kind, **parts)
         model = AutoModelForImageTextToText.from_config(config)
     model = model.float()

@@ -219,13 +219,15 @@ def _know_messages() -> None:
 @functools.cache
 def extend_runtime() -> None:
     """In a scheduler process, once the flag is on: admission by memory, shared mixed batches,
-    packed queries, shared logprobs, and our messages among those that it understands."""
+    packed queries, shared logprobs, states copied in parts, and our messages among those that it
+    understands."""
     from sglang_batchllm.edge import seams
     from sglang_batchllm.edge.adder import ForecastPrefillAdder
     from sglang_batchllm.edge.chunking import stream_output
     from sglang_batchllm.edge.mixed import select_backend
     from sglang_batchllm.edge.queries import forward_with_packed_queries
     from sglang_batchllm.edge.scoring import limit_prefix, score_rows
+    from sglang_batchllm.edge.states import copy_in_parts
 
     _know_messages()
     adder = seams.load("adder").REPLACED
@@ -246,6 +248,7 @@ def extend_runtime() -> None:
         "srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
         stream_output,
     )
+    _hook("around", "srt.mem_cache.memory_pool.MambaPool.copy_from", copy_in_parts)
     _hook("around", "srt.managers.schedule_batch.Req._compute_max_prefix_len", limit_prefix)
     _hook("around", "srt.layers.logprob_processor.InputLogprobProcessor.forward", score_rows)
     _apply_hooks()
