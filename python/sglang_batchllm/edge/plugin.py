@@ -166,6 +166,15 @@ def _add_cpu_gates() -> None:
         _apply_hooks()
 
 
+def _add_cpu_experts() -> None:
+    from sglang_batchllm.edge.platform import cpu
+    from sglang_batchllm.edge.platform.experts import leave_out_others
+
+    if cpu.is_active():
+        _hook("around", "srt.layers.moe.fused_moe_native.moe_forward_native", leave_out_others)
+        _apply_hooks()
+
+
 def _size_pools() -> None:
     from sglang_batchllm.edge import seams
     from sglang_batchllm.edge.platform import cpu
@@ -327,6 +336,7 @@ _FOLLOWED: dict[str, Callable[[], None]] = {
     "sglang.srt.layers.attention.linear.kda_backend": _add_cpu_kimi_delta,
     "sglang.srt.layers.attention.hybrid_linear_attn_backend": _add_cpu_mamba,
     "sglang.kernels.ops.elementwise.elementwise": _add_cpu_gates,
+    "sglang.srt.layers.moe.fused_moe_native": _add_cpu_experts,
     "sglang.srt.mem_cache.kv_cache_configurator": _size_pools,
     "sglang.srt.managers.scheduler": lambda: _import("scheduler"),
     "sglang_batchllm.edge.scheduler": _add_scheduler,
