@@ -26,7 +26,7 @@ class Front:
     that was sent is answered, as behind a weight update; "slow" ones are worked on one after
     the other. sent: the texts of each message."""
 
-    def __init__(self, delay: float = 0.0):
+    def __init__(self) -> None:
         self.sent: list[list[str]] = []
         self.turns: list[dict[str, tuple[str, int]]] = []
         self.yielded: list[bool] = []
@@ -34,7 +34,6 @@ class Front:
         self.cancelled: list[str] = []
         self.answered = asyncio.Event()
         self.preparing = 0
-        self._delay = delay
         self._sent = asyncio.Event()
 
     def read(self, url: str, body: object) -> Any:
@@ -80,9 +79,6 @@ class Front:
 
     def is_preparing(self) -> bool:
         return self.preparing > 0
-
-    async def expect_many(self) -> None:
-        await asyncio.sleep(self._delay)
 
     def settle(self) -> None:
         pass
@@ -202,9 +198,9 @@ def test_heartbeats_begin_with_the_response(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(handover, "HEARTBEAT_SECONDS", 0.01)
 
     async def main() -> None:
-        front = Front(delay=0.2)
+        front = Front()
         open_handover = Registry(front).begin(new_batch_id())
-        await open_handover.add(line("a"))
+        await open_handover.add(line("slow 2"))
         beats = 0
         async for chunk in open_handover.answers():
             if not front.sent:

@@ -142,9 +142,6 @@ class Front:
     def is_preparing(self) -> bool:
         return bool(self._manager.converting)
 
-    async def expect_many(self) -> None:
-        await self._manager.expect_many()
-
     def settle(self) -> None:
         self._manager.garbage.set_aside()
 

@@ -70,7 +70,7 @@ class ListIntake(SampledLists):
                 lambda: self.load_snapshot_reader.read_all(),
             )
 
-    async def expect_many(self) -> None:
+    async def _expect_many(self) -> None:
         """The scheduler, too, sets aside what lives before the first of them come: the collector
         would take a second for it, every few thousand requests, in which nobody is served."""
         if not self._expects_many:
@@ -196,7 +196,7 @@ class ListIntake(SampledLists):
     async def _tokenize_one_request(
         self, obj: GenerateReqInput | EmbeddingReqInput
     ) -> TokenizedGenerateReqInput | TokenizedEmbeddingReqInput:
-        await self.expect_many()
+        await self._expect_many()
         tokenized = await super()._tokenize_one_request(obj)
         if (
             isinstance(tokenized, TokenizedGenerateReqInput)

@@ -58,10 +58,6 @@ class FrontEnd(Protocol):
         """Whether it works on requests that are not prepared. Not so while it only keeps them."""
         ...
 
-    async def expect_many(self) -> None:
-        """Many requests are about to come."""
-        ...
-
     def settle(self) -> None:
         """A slice of them has come. What lives now will for long."""
         ...

@@ -140,7 +140,6 @@ class HandOver:
     async def _start(self) -> None:
         if self._untokenized:
             self._tokenize()
-        await self._front.expect_many()
         entries, self._entries = self._entries, []
         for entry in entries:
             turn = "first" if entry.program in self._going_on else "once"
