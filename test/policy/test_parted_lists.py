@@ -102,6 +102,21 @@ def test_the_first_part_runs_before_the_list_is_complete():
     assert engine.policy.report()["running"][0]["requests"] == 5
 
 
+def test_what_is_left_of_a_part_shares_its_step_with_what_has_come():
+    """Neither part is complete, nor fills the second step by itself."""
+    engine = EngineModel(10**6, Policy(chunk=40), pool=TokenPool)
+    parts = [[make_request(f"{i} {j}", [5 * i + j] * 10, 4) for j in range(5)] for i in range(2)]
+    engine.submit_list(parts[0], part=Part("list", last=False))
+    engine.step()
+    engine.submit_list(parts[1], part=Part("list", last=False))
+    engine.step()
+    assert [computed(engine), len(engine.running)] == [80, 4]
+    engine.submit_list([], part=Part("list", last=True))
+    engine.run()
+    assert computed(engine) == 100
+    assert_whole(engine)
+
+
 def test_a_first_part_that_takes_much_of_the_memory_waits_for_the_list():
     engine = EngineModel(100, Policy(), pool=TokenPool)
     engine.submit_list([make_request(str(i), [i] * 20, 4) for i in range(2)], part=Part("a", False))

@@ -219,10 +219,20 @@ def test_what_a_list_leaves_stays_only_while_memory_keeps_nobody_out():
     assert engine.pool.evictable == 0
 
 
-def test_labels_of_a_long_list_leave_nothing():
-    for size, output, kept in ((256, 1, False), (255, 1, True), (256, 2, True)):
-        engine, requests = engine_with([[1, 2, index] for index in range(size)], output=output)
-        assert engine.policy.keeps(requests[0]) == kept
+def test_labels_of_a_long_list_leave_nothing_nor_do_short_answers_to_little():
+    for size, own, output, kept in (
+        (256, 200, 1, False),
+        (255, 200, 1, True),
+        (256, 200, 2, True),
+        (256, 64, 2, False),
+        (256, 64, 8, False),
+        (256, 65, 8, True),
+        (256, 64, 9, True),
+        (255, 64, 2, True),
+    ):
+        prompts = [[1, 2, *[3 + index] * own] for index in range(size)]
+        engine, requests = engine_with(prompts, output=output)
+        assert engine.policy.keeps(requests[0]) == kept, (size, own, output)
 
 
 def test_the_report_counts_all_that_ran():

@@ -2,8 +2,9 @@
 
 The first part is planned as it comes, and the whole list once it is complete. Requests of the first
 plan that wait, run or have ended by then are in the last one, too, so that it is the plan that the
-list would have got in one piece. In between there is another plan only where nothing of the list
-waits any more and as much has come as was planned: so planning costs no more than twice as much.
+list would have got in one piece. In between there is another plan only where what waits of the list
+does not fill a prefill step and as much has come as was planned: so planning costs no more than
+twice as much.
 
 While parts are missing nobody knows who else shares what, and all prompts that have run stay in the
 cache as a whole; see `Batch.opening`.
@@ -74,18 +75,19 @@ class PartedList:
         """A request of the list can run; that of a grammar can not while it is compiled."""
         self._queued.add(id(member))
 
-    def due(self, capacity: int) -> bool:
-        """Whether it is time to plan. capacity: tokens of the KV pool."""
+    def due(self, limits: Limits) -> bool:
+        """Whether it is time to plan."""
         if self.complete:
             return True
-        starves = self.batch is None or not self.batch.waiting.count
-        if not starves or len(self.coming) < max(len(self.planned), 2):
+        if len(self.coming) < max(len(self.planned), 2):
+            return False
+        if self.batch is not None and self.batch.tokens_waiting() >= limits.chunk:
             return False
         for member in self.coming[self._measured :]:
             request = member.request
             self._distinct.add(request.origin_input_ids, request.extra_key)
         self._measured = len(self.coming)
-        return self._distinct.count() * SHARE <= capacity
+        return self._distinct.count() * SHARE <= limits.capacity
 
     def all_planned(self) -> None:
         """What was coming and has not left since is in the plan now."""
@@ -138,7 +140,7 @@ class Parts:
     def plan_due(self) -> Planned:
         """Plan those for which it is time; complete ones once."""
         planned = Planned()
-        due = [parted for parted in self._lists.values() if parted.due(self._limits.capacity)]
+        due = [parted for parted in self._lists.values() if parted.due(self._limits)]
         if due:
             self._lists = {
                 name: parted for name, parted in self._lists.items() if not parted.complete
