@@ -103,7 +103,7 @@ def test_the_first_part_runs_before_the_list_is_complete():
 
 
 def test_what_is_left_of_a_part_shares_its_step_with_what_has_come():
-    """Neither part is complete, nor fills the second step by itself."""
+    """The list is not complete, and the last of its first part does not fill the second step."""
     engine = EngineModel(10**6, Policy(chunk=40), pool=TokenPool)
     parts = [[make_request(f"{i} {j}", [5 * i + j] * 10, 4) for j in range(5)] for i in range(2)]
     engine.submit_list(parts[0], part=Part("list", last=False))

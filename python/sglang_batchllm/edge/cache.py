@@ -143,10 +143,6 @@ class PinnedGroups(ABC):
 
     # What a request leaves
 
-    def end_of(self, text: array[int], namespace: str | None) -> Any:
-        """The node in which a text ends that has just entered the tree."""
-        return self.match(text, namespace, len(text))[0]
-
     def keeps(self, req: Req) -> bool:
         """Whether what a request has computed stays in the tree once it has ended."""
         assert self.policy is not None
@@ -159,7 +155,7 @@ class PinnedGroups(ABC):
         member = private_member(req)
         if member is not None:
             if text is not None and not (member.batch and member.batch.opening):
-                self.evict_first(self.end_of(text, req.extra_key))
+                self.evict_first(self.match(text, req.extra_key, len(text))[0])
             if member.claimed and node is not None:
                 # An unfinished leader: what it published below the last whole node has no pin.
                 self.free_upwards(node, depth, member.matched)

@@ -15,7 +15,8 @@ def leave_out_others(
     counts a token once for each expert, so that in their place come such of this rank as the token
     has not chosen, with a weight of 0.
 
-    x: [tokens, dim]; chosen: of each token, experts' weights and numbers, [tokens, experts].
+    x: [tokens, dim]; chosen: of each token, experts' weights and numbers, [tokens, experts], no
+    more than the rank has.
     """
     others = chosen.topk_ids < 0
     taken = x.new_zeros(len(x), len(layer.w13_weight) + 1, dtype=torch.bool)

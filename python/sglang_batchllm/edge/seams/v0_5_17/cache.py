@@ -9,8 +9,6 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import (
     DecLockRefParams,
-    InsertParams,
-    InsertResult,
     MatchPrefixParams,
     MatchResult,
 )
@@ -75,7 +73,6 @@ class _CachesRequests(PinnedGroups):
 class PinnedGroupCache(_CachesRequests, RadixCache):
     def reset(self) -> None:
         self._matches: dict[TreeNode, MatchResult] = {}  # of nodes that are held
-        self._entered: TreeNode | None = None  # the end of what entered last
         super().reset()
 
     def publish(self, req: Req) -> int:
@@ -89,7 +86,6 @@ class PinnedGroupCache(_CachesRequests, RadixCache):
         """Also runs for a request that is retracted or aborted."""
         is_insert = is_insert and self.keeps(req)
         last_node, depth = req.last_node, req.cache_protected_len
-        self._entered = None
         if is_insert or last_node is None:
             super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
         else:  # SGLang copies the slots of the whole text on the GPU first
@@ -99,15 +95,6 @@ class PinnedGroupCache(_CachesRequests, RadixCache):
             self.dec_lock_ref(last_node)
         text = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle] if is_insert else None
         self.left(req, last_node, depth, text)
-
-    def insert(self, params: InsertParams) -> InsertResult:
-        result = super().insert(params)
-        self._entered = result.last_device_node
-        return result
-
-    def end_of(self, text: array[int], namespace: str | None) -> TreeNode:
-        """A match would copy the slots of the whole path on the GPU."""
-        return self._entered or super().end_of(text, namespace)
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """All requests at home in a pinned node match as much, unless the tree has more of them:
