@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from cost_model import Work
 from kv_model import KVPool, Request, make_request
@@ -29,11 +30,12 @@ MAX_PREFILL_TOKENS = 16384
 
 @dataclass(frozen=True)
 class Policy:
-    """chunk: tokens of a prefill or mixed step at most. mixed: decode rows ride in prefill steps.
+    """chunk: tokens of a prefill or mixed step at most. mixes: which requests decode in prefill
+    steps, see `Limits`.
     max_running: requests that may hold KV at once."""
 
     chunk: int = 8192
-    mixed: bool = False
+    mixes: Literal["none", "short", "all"] = "none"
     max_running: int = 2048
 
 
@@ -52,7 +54,7 @@ class EngineModel:
     ):
         self.pool = pool(capacity)
         self.policy = BatchPolicy(
-            self.pool, Limits(capacity, 1, policy.chunk, gather_seconds, policy.mixed)
+            self.pool, Limits(capacity, 1, policy.chunk, gather_seconds, policy.mixes)
         )
         self._limits = policy
         self.running: list[Request] = []
@@ -152,7 +154,6 @@ class EngineModel:
     def _view(self) -> View:
         return View(
             decoding=len(self.running),
-            decode_tokens=len(self.running),
             available=self.pool.available,
             max_requests=self._limits.max_running - len(self.running),
             chunk_left=self._chunk_left,

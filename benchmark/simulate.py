@@ -26,7 +26,7 @@ from steps import Step
 
 GRAPH_LIMITS = (256, 1024)
 POLICIES = {
-    f"{'mixed' if mixed else 'prefill'} {chunk}": Policy(chunk, mixed)
+    f"{'mixed' if mixed else 'prefill'} {chunk}": Policy(chunk, "all" if mixed else "none")
     for mixed in (False, True)
     for chunk in (8192, 4096, 2048, 1024)
 }
@@ -52,7 +52,7 @@ def compare(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for run in runs:
         steps, batch = steps_of(run), CASES[run["case"]]
         mixed = any(step.prefill_tokens and step.decode_requests for step in steps)
-        policy = Policy(run.get("chunk", Policy.chunk), mixed)
+        policy = Policy(run.get("chunk", Policy.chunk), "all" if mixed else "none")
         if (batch.name, policy) not in played:
             played[batch.name, policy] = simulate(batch, policy)
         works, least = played[batch.name, policy], floor(batch)

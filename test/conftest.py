@@ -87,7 +87,13 @@ def aborted_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scarce_engine(tiny_model: Path, aborted_file: Path) -> Iterator[Any]:
+def scarce_steps_file(aborted_file: Path) -> Path:
+    """Where its forward steps are recorded."""
+    return aborted_file.with_name("steps")
+
+
+@pytest.fixture(scope="session")
+def scarce_engine(tiny_model: Path, aborted_file: Path, scarce_steps_file: Path) -> Iterator[Any]:
     """KV for a few requests only, chunks shorter than most prompts, prefix-shared attention."""
     from sglang.srt.entrypoints.engine import Engine
 
@@ -95,6 +101,7 @@ def scarce_engine(tiny_model: Path, aborted_file: Path) -> Iterator[Any]:
         pass
 
     abort_in_prefill(AbortingEngine, aborted_file)
+    record_steps(AbortingEngine, scarce_steps_file)
     yield from _engine(
         tiny_model,
         AbortingEngine,

@@ -10,7 +10,7 @@ from engine_model import Policy, list_model
 from sglang_batchllm.policy.admission import level
 from steps import Step
 
-POLICIES = [Policy(chunk, mixed) for chunk in (64, 256) for mixed in (False, True)]
+POLICIES = [Policy(chunk, mixes) for chunk in (64, 256) for mixes in ("none", "all")]
 MODEL = CostModel(
     decode_step_ms=2.5,
     prefill_step_ms=4.0,
@@ -62,9 +62,10 @@ def test_everything_finishes_within_memory(policy, seed):
 
 def test_decode_rows_ride_along_only_when_mixed():
     prompts, outputs = make_batch(0)
-    for mixed in (False, True):
-        works = list_model(prompts, outputs, 100_000, Policy(64, mixed))[0].run()
-        assert any(work.prefill_tokens and work.decode_requests for work in works) == mixed
+    for mixes in ("none", "short", "all"):  # none of them is short
+        works = list_model(prompts, outputs, 100_000, Policy(64, mixes))[0].run()
+        mixed = any(work.prefill_tokens and work.decode_requests for work in works)
+        assert mixed == (mixes == "all")
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)

@@ -1,13 +1,18 @@
-"""Running requests that decode along in prefill steps, `--enable-mixed-chunk`."""
+"""Running requests that decode along in prefill steps: all with `--enable-mixed-chunk`, and short
+answers without it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from engines import flush
 from prompts import distinct_tokens, mixed_batch
 from steps import read_steps
+
+OUTPUT = 6
 
 
 def test_outputs_are_those_of_stock_sglang(
@@ -51,3 +56,23 @@ def test_the_last_layer_ends_in_one_row_per_request(
     prefills = [step for step in steps if step.prefill_requests]
     rows_saved = sum(step.prefill_tokens - step.prefill_requests for step in prefills)
     assert rows_saved > sum(step.prefill_tokens for step in prefills) / 2
+
+
+@pytest.mark.parametrize("asked", [{}, {"regex": "[a-f]{6}"}], ids=str)
+def test_short_answers_ride_in_prefill_steps_unasked(
+    scarce_engine: Any, stock_engine: Any, scarce_steps_file: Path, asked: dict[str, Any]
+) -> None:
+    prompts = mixed_batch(150)
+    greedy = {"temperature": 0, "ignore_eos": True, "max_new_tokens": OUTPUT, **asked}
+    outputs = {}
+    before = len(read_steps(scarce_steps_file))
+    for engine in (stock_engine, scarce_engine):
+        flush(engine)
+        results = engine.generate(input_ids=prompts, sampling_params=greedy)
+        outputs[engine] = [result["output_ids"] for result in results]
+    steps = read_steps(scarce_steps_file)[before:]
+    mixed = [step for step in steps if step.prefill_tokens and step.decode_requests]
+    alone = [step for step in steps if step.prefill_tokens and not step.decode_requests]
+    assert outputs[scarce_engine] == outputs[stock_engine]
+    assert len(mixed) > 10 > len(alone)
+    assert all(step.prefill_tokens + step.decode_requests <= 48 for step in mixed)

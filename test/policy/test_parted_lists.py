@@ -1,6 +1,7 @@
 """Lists in parts, over a cache that knows tokens: computed once, nothing left behind."""
 
 import random
+from typing import Literal
 
 from hypothesis import given, settings
 
@@ -34,10 +35,13 @@ def in_parts(
             step(engine)
 
 
+MIXES: list[Literal["none", "short", "all"]] = ["none", "short", "all"]
+
+
 def engine_of(
     prompts: list[list[int]], rng: random.Random, capacity: int
 ) -> tuple[EngineModel, list[Request]]:
-    policy = Policy(chunk=rng.randint(1, 40), max_running=8, mixed=rng.random() < 0.3)
+    policy = Policy(rng.randint(1, 40), rng.choice(MIXES), max_running=8)
     engine = EngineModel(capacity, policy, pool=TokenPool)
     return engine, [
         make_request(str(i), [*prompt, LAST], rng.choice([1, 1, 4]))

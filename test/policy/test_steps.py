@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cost_model import Work
 from engine_model import EngineModel, Policy
 from kv_model import Request, make_request
 from sglang_batchllm.policy.admission.short import decode_next
@@ -32,7 +33,7 @@ def engine_with(
 
 def view(**changes: Any) -> View:
     """Of an engine that is idle and has much memory."""
-    facts = {"decoding": 0, "decode_tokens": 0, "available": 10**6, "max_requests": 1000}
+    facts = {"decoding": 0, "available": 10**6, "max_requests": 1000}
     facts |= {"chunk_left": 0, "chunk_next": 0, "stepped": True, "full": False}
     return View(**(facts | changes))
 
@@ -163,14 +164,31 @@ def test_no_request_is_cut_to_fill_the_last_of_a_step_where_outputs_differ():
         assert len(engine.policy.choose(view()).requests) == begun
 
 
+def kinds(works: list[Work]) -> str:
+    """A letter for each step: P prefills, D decodes, M does both."""
+    return "".join(
+        "D" if not work.prefill_tokens else "M" if work.decode_requests else "P" for work in works
+    )
+
+
 def test_short_answers_decode_between_prefill_steps():
     for output, most in ((1, 10), (4, 2), (8, 2), (9, 10)):
         engine = EngineModel(10**6, Policy(chunk=4000))
         prompts = [[i] * 20 for i in range(2000)]
         engine.submit_list([make_request(str(i), p, output) for i, p in enumerate(prompts)])
-        kinds = "".join("P" if work.prefill_tokens else "D" for work in engine.run())
-        assert max(map(len, kinds.split("D"))) == most  # prefill steps in a row
-        assert kinds.count("P") == 10
+        steps = kinds(engine.run())
+        assert max(map(len, steps.split("D"))) == most  # prefill steps in a row
+        assert steps.count("P") == 10
+
+
+def test_short_answers_decode_in_steps_that_prefill_where_the_engine_mixes():
+    for output, steps in ((1, "P" * 10), (4, "P" + "M" * 11), (9, "P" * 10)):
+        engine = EngineModel(10**6, Policy(chunk=4000, mixes="short"))
+        prompts = [[i] * 20 for i in range(2000)]
+        engine.submit_list([make_request(str(i), p, output) for i, p in enumerate(prompts)])
+        works = engine.run()
+        assert kinds(works).rstrip("D") == steps
+        assert all(work.prefill_tokens + work.decode_requests <= 4000 for work in works)
 
 
 def test_nobody_decodes_where_all_have_ended():
@@ -184,14 +202,13 @@ def test_short_answers_wait_for_nobody_who_decodes_long():
     engine.submit(make_request("long", [1] * 20, 100))
     engine.step()
     engine.submit_list([make_request(str(i), [i] * 20, 4) for i in range(2000)])
-    kinds = "".join("P" if work.prefill_tokens else "D" for work in engine.run())
-    assert "P" * 10 in kinds
+    assert "P" * 10 in kinds(engine.run())
 
 
 def test_requests_that_decode_leave_some_of_a_chunk_to_prompts():
     """They count as its tokens, and SGLang cuts prompts at what is left."""
     for decoding, mixed in ((0, False), (39, True), (40, False)):
-        engine = EngineModel(10**6, Policy(chunk=40, mixed=True))
+        engine = EngineModel(10**6, Policy(chunk=40, mixes="all"))
         engine.submit_list([make_request(str(i), [1, i], 4) for i in range(4)])
         assert engine.policy.choose(view(decoding=decoding)).mixed == mixed
 

@@ -124,7 +124,7 @@ def test_a_list_that_yields_leaves_the_next_step_to_what_arrives(shareable):
 
 
 def test_a_list_that_yields_gets_every_other_step_beside_a_stream():
-    engine = EngineModel(10**6, Policy(chunk=512, mixed=True))
+    engine = EngineModel(10**6, Policy(chunk=512, mixes="all"))
     batch = requests_of(200, 100)
     yielding(engine, batch)
     lone = iter(requests_of(1000, 50, first=10_000))
@@ -179,7 +179,6 @@ def seconds_to_choose(policy: BatchPolicy) -> float:
     policy.arrived(Arrival(make_request("waits", [1] * 10, 10), None, False))
     view = View(
         decoding=600,
-        decode_tokens=600,
         available=10**9 - 10**6,
         max_requests=10,
         chunk_left=0,
@@ -221,7 +220,7 @@ def test_an_abort_costs_what_leaves():
 def test_the_rest_of_a_chunked_prompt_is_counted():
     policy = BatchPolicy(EngineModel(900).pool, Limits(900, 1, 512, 0.0))
     policy.arrived(Arrival(make_request("first", [1] * 500, 10), None, False))
-    view = {"decoding": 0, "decode_tokens": 0, "max_requests": 10, "stepped": True, "full": False}
+    view = {"decoding": 0, "max_requests": 10, "stepped": True, "full": False}
     (first,) = policy.choose(View(available=900, chunk_left=0, chunk_next=0, **view)).requests
     policy.launched([(first, 0)], False)
     policy.arrived(Arrival(make_request("second", [2] * 400, 10), None, False))

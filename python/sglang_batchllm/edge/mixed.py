@@ -3,21 +3,60 @@
 SGLang runs such a batch as one prefill in which a decoding request is a prompt of one new token,
 and so reads its whole context for itself. Here the two parts go their own ways: prefill through
 the native backend, decode through the shared-prefix kernel.
+
+With ``--enable-mixed-chunk`` whatever decodes may ride in steps that prefill. Without it short
+answers do: see `policy.admission.short`.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from sglang_batchllm.edge.args import resolved
+
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.server_args import ServerArgs
+
+
+def what_mixes(
+    server_args: ServerArgs, attention: AttentionBackend
+) -> Literal["none", "short", "all"]:
+    """Which requests may decode in a step that prefills. attention: of the model.
+
+    Nobody is made to where that would read more than a decode step of their own, where tests have
+    not shown it to be exact, or where outputs are not to depend on what else runs.
+    """
+    args = resolved(server_args)
+    if args.enable_mixed_chunk:
+        return "all"
+    if args.enable_lora or args.enable_two_batch_overlap or args.enable_deterministic_inference:
+        return "none"
+    shares = getattr(getattr(attention, "decode_backend", None), "takes_mixed", False)
+    return "short" if shares else "none"
+
+
+def rides_in(batch: ScheduleBatch) -> bool:
+    """Whether the requests of a batch, which decode, may do so in a step that prefills. SGLang
+    counts an output token for the penalties a step late, or twice, as steps happen to follow one
+    another; those that ask for them decode as they would in stock SGLang."""
+    sampling: Any = batch.sampling_info
+    penalizes = sampling is not None and sampling.penalizer_orchestrator.is_required
+    asks_more = penalizes or batch.return_logprob or batch.return_hidden_states
+    return not (asks_more or any(batch.multimodal_inputs or ()))
+
+
+def keeps_to_itself(req: Req) -> bool:
+    """Whether nobody may decode in a step that prefills this request."""
+    return bool(req.return_logprob or req.return_hidden_states or req.multimodal_inputs)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from sglang_batchllm.edge.chunking import ChunkingScheduler
 from sglang_batchllm.edge.garbage import Garbage, Leftovers
 from sglang_batchllm.edge.last_layer import sample_rows_in_last_layer
 from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
+from sglang_batchllm.edge.mixed import keeps_to_itself, rides_in, what_mixes
 from sglang_batchllm.edge.names import ATTENTION_BACKEND
 from sglang_batchllm.edge.packing import PackedList, unpacked
 from sglang_batchllm.edge.part_line import PartLine
@@ -81,13 +82,12 @@ class BatchLLMScheduler(ChunkingScheduler):
         assert isinstance(self.tree_cache, PinnedGroups)
         assert isinstance(self.server_args, BatchLLMServerArgs)
         self._cache: Any = self.tree_cache  # one that is SGLang's, too
-        self._asked_to_mix = self.is_mixed_chunk
         limits = Limits(
             capacity=self.max_total_num_tokens,
             page_size=self._cache.page_size,
             chunk=self.chunked_prefill_size or self.max_prefill_tokens,
             gather_seconds=self.server_args.batchllm_gather_ms / 1000,
-            mixes=self._asked_to_mix,
+            mixes=what_mixes(self.server_args, self.tp_worker.model_runner.attn_backend),
             windows=self._cache.window_pool(),
         )
         self._sliding = None if self._cache.window is None else Sliding(self._cache)
@@ -251,7 +251,7 @@ class BatchLLMScheduler(ChunkingScheduler):
         if self._group_table is not None and decision.regrouped:
             self._enter_groups(self._group_table, decision.regrouped)
         running_batch.batch_is_full = decision.full
-        self.is_mixed_chunk = decision.mixed
+        self.is_mixed_chunk = decision.mixed and not any(map(keeps_to_itself, decision.requests))
         plan = self._build(running_batch, decision)
         batch = plan.batch_to_run
         reqs: list[Req] = []
@@ -295,10 +295,8 @@ class BatchLLMScheduler(ChunkingScheduler):
         )
         decoding = len(running_batch.reqs)
         chunk_left, chunk_next = self.left_in_chunks()
-        mixes = self._asked_to_mix and decoding > 0
         return View(
             decoding=decoding,
-            decode_tokens=running_batch.new_tokens_required_next_decode() if mixes else 0,
             available=self._cache.evictable_size() + self._cache.available(),
             max_requests=self.places(running_batch),
             chunk_left=chunk_left,
@@ -306,6 +304,7 @@ class BatchLLMScheduler(ChunkingScheduler):
             stepped=stepped,
             full=running_batch.batch_is_full,
             window_available=self._cache.window_available(),
+            rides=rides_in(running_batch),
         )
 
     def _enter_groups(self, table: GroupTable, reqs: list[Req]) -> None:

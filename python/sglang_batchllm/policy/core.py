@@ -201,14 +201,15 @@ class BatchPolicy:
         self._ledger.kv_in_use(self._limits.capacity - view.available)
         self._rescue.look(view)
         regrouped = self._plan_parts()
-        alternates = self._prefilled and not view.chunk_left
+        rides = self._may_ride(view)
+        alternates = self._prefilled and not view.chunk_left and not rides
         if alternates and short.decode_next(self._running.max_output, view.decoding):
             return Decision(full=view.full, regrouped=regrouped)
         full = view.full and not self._look_again
         self._look_again = False
         decision = Decision(full=full, regrouped=regrouped)
         if self._intake.waits and not full:
-            self._chosen, refused = self._choose(view)
+            self._chosen, refused = self._choose(view, view.decoding if rides else 0)
             decision.requests = [member.request for member in self._chosen]
             self._pressed = refused
             expired = 0
@@ -219,10 +220,11 @@ class BatchPolicy:
                 decision.full = len(self._running) > 0
         elif not self._intake.waits:
             self._pressed = False
-        decision.mixed = self._limits.mixes and self._may_mix(view)
+        decision.mixed = rides and self._may_mix(view)
         return decision
 
-    def _choose(self, view: View) -> tuple[list[Member], bool]:
+    def _choose(self, view: View, riding: int) -> tuple[list[Member], bool]:
+        """riding: requests that may decode in the same step."""
         self._intake.close_gatherings()
         used = self._limits.capacity - view.available + view.chunk_left
         forecast = MemoryForecast(self._limits.capacity, used)
@@ -238,7 +240,7 @@ class BatchPolicy:
             lookahead,
             forecast,
             self.pinned_tokens,
-            self._limits.chunk - view.chunk_next,
+            self._limits.chunk - view.chunk_next - riding,
             view.max_requests,
         )
         return chosen, forecast.refused
@@ -252,21 +254,28 @@ class BatchPolicy:
         used = pool.capacity - view.window_available + min(view.chunk_left, pool.window)
         return WindowForecast(pool, used, pinned)
 
-    def _may_mix(self, view: View) -> bool:
-        """SGLang retracts only in steps without prefill, so memory must suffice for both parts.
-        Requests that decode count as tokens of a chunk, and must leave some of it; and SGLang does
-        not mix where logprobs of prompts are computed."""
-        if not 0 < view.decoding < self._limits.chunk:
+    def _may_ride(self, view: View) -> bool:
+        """Whether those that decode may do so in the next step if it prefills: they count as tokens
+        of a chunk, and must leave some of it."""
+        if not view.rides or not 0 < view.decoding < self._limits.chunk:
             return False
+        if self._limits.mixes == "short" and not short.all_are(self._running.max_output):
+            return False
+        decode_tokens = view.decoding * self._limits.page_size
+        return self._limits.mixes != "none" and view.available >= self._limits.chunk + decode_tokens
+
+    def _may_mix(self, view: View) -> bool:
+        """SGLang retracts only in steps without prefill, so memory must suffice for both parts; and
+        it does not mix where logprobs of prompts are computed."""
         if self._rows_follow or any(member.lead for member in self._chosen):
             return False
         tokens = view.chunk_left + sum(map(tokens_to_prefill, self._chosen))
-        slack = self._limits.page_size * (len(self._chosen) + 1)
+        slack = self._limits.page_size * (len(self._chosen) + 1 + view.decoding)
         available = view.available
         windows = self._limits.windows
         if windows is not None and not windows.recurrent:
             available = min(available, view.window_available)
-        return available >= min(tokens, self._limits.chunk) + slack + view.decode_tokens
+        return available >= min(tokens, self._limits.chunk) + slack
 
     def launched(self, prefilled: Sequence[tuple[Request, int]], idle: bool) -> None:
         """The next step prefills these requests, if any, each of which had so many prompt tokens in

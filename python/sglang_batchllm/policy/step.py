@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sglang_batchllm.policy.requests import Request, Turn
 from sglang_batchllm.policy.rows import Ask
@@ -29,15 +29,16 @@ class WindowPool:
 @dataclass(frozen=True)
 class Limits:
     """Of the engine. capacity: tokens of the KV pool. chunk: prompt tokens of a prefill step.
-    gather_seconds: how long a lone request waits at most for others. mixes: requests may decode in
-    a step that prefills. windows: the pool of sliding-window or recurrent layers, if they
-    have one; then `capacity` is of the other layers' pool."""
+    gather_seconds: how long a lone request waits at most for others. mixes: which requests may
+    decode in a step that prefills, those with short answers for as long as no others run. windows:
+    the pool of sliding-window or recurrent layers, if they have one; then `capacity` is of the
+    other layers' pool."""
 
     capacity: int
     page_size: int
     chunk: int
     gather_seconds: float
-    mixes: bool = False
+    mixes: Literal["none", "short", "all"] = "none"
     windows: WindowPool | None = None
 
 
@@ -56,16 +57,15 @@ class Arrival(NamedTuple):
 class View:
     """What the engine sees before a step.
 
-    decoding: requests that decode. decode_tokens: KV tokens that their next step takes. available:
-    KV tokens that are free or can be evicted. max_requests: that may be added. chunk_left: prompt
-    tokens still to compute of those that are prefilled in chunks. chunk_next: those of them that
-    the next pass may compute. stepped: a forward step has run since the last choice. full: nothing
-    was to be added until a request has ended, and none has. window_available: as `available`, of
-    the window pool if there is one.
+    decoding: requests that decode. available: KV tokens that are free or can be evicted.
+    max_requests: that may be added. chunk_left: prompt tokens still to compute of those that are
+    prefilled in chunks. chunk_next: those of them that the next pass may compute. stepped: a
+    forward step has run since the last choice. full: nothing was to be added until a request has
+    ended, and none has. window_available: as `available`, of the window pool if there is one.
+    rides: nothing that one of those that decode asks for keeps them out of steps that prefill.
     """
 
     decoding: int
-    decode_tokens: int
     available: int
     max_requests: int
     chunk_left: int
@@ -73,6 +73,7 @@ class View:
     stepped: bool
     full: bool
     window_available: int = 0
+    rides: bool = True
 
 
 @dataclass

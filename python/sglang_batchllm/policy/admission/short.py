@@ -32,6 +32,11 @@ def decode_next(max_output: np.ndarray, decoding: int) -> bool:
     max_output: int64, tokens that each of them may decode, 0 for any number; decoding: how many are
     past their prefill, some of whom may have ended since.
     """
-    if decoding < ENOUGH_ROWS or not len(max_output):
+    return decoding >= ENOUGH_ROWS and all_are(max_output)
+
+
+def all_are(max_output: np.ndarray) -> bool:
+    """Whether requests run, and all of them briefly. max_output: as above."""
+    if not len(max_output):
         return False
     return bool(max_output.min() > 0) and is_short(int(max_output.max()))
