@@ -24,11 +24,11 @@ READ_FROM_OBJECTS = {
         "input_token_logprobs temp_input_top_logprobs_val temp_input_top_logprobs_idx "
         "temp_input_token_ids_logprobs_val temp_input_token_ids_logprobs_idx is_retracted "
         "inflight_middle_chunks decode_batch_idx seqlen send_token_offset init_next_round_input "
-        "finished_output"
+        "finished_output return_hidden_states multimodal_inputs"
     ),
     "srt.managers.schedule_batch.ScheduleBatch": (
         "reqs batch_is_full decoding_reqs forward_mode check_decode_mem filter_batch "
-        "new_tokens_required_next_decode prefix_lens extend_lens return_logprob "
+        "prefix_lens extend_lens return_logprob return_hidden_states multimodal_inputs "
         "extend_logprob_start_lens extend_input_logprob_token_ids top_logprobs_nums "
         "token_ids_logprobs model_config out_cache_loc req_to_token_pool"
     ),
@@ -56,6 +56,7 @@ READ_FROM_OBJECTS = {
     "srt.layers.logits_processor.LogitsProcessor": "_get_logits",
     "srt.layers.attention.hybrid_attn_backend.HybridAttnBackend": "decode_backend prefill_backend",
     "srt.layers.attention.base_attn_backend.AttentionBackend": "needs_cpu_seq_lens",
+    "srt.model_executor.runner.eager_runner.EagerRunner": "model_runner",
     "srt.layers.radix_attention.RadixAttention": (
         "tp_q_head_num tp_k_head_num head_dim v_head_dim scaling layer_id logit_cap k_scale "
         "v_scale k_scale_float v_scale_float sliding_window_size is_cross_attention attn_type "

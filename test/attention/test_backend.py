@@ -19,7 +19,7 @@ from sglang_batchllm.attention import get_group_table
 from sglang_batchllm.attention.reference import reference_decode
 from sglang_batchllm.edge.attention_backend import BatchLLMAttnBackend, create_batchllm_backend
 from sglang_batchllm.edge.fusable import model_refusal
-from sglang_batchllm.edge.mixed import select_backend
+from sglang_batchllm.edge.mixed import run_eagerly, select_backend
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
@@ -287,6 +287,7 @@ def test_mixed_batches_share_in_their_decoding_part(
     monkeypatch.setattr(
         backend, "_decode", lambda q, *a: (decoded.append(len(q)), decode_part(q, *a))
     )
+    backend.in_mixed_step = True
     backend.init_forward_metadata(step)
     out = backend.forward_extend(q.flatten(1), k, v, layer, step)
     assert decoded == [len(step.seq_lens) - 2]
@@ -345,6 +346,7 @@ def test_prefill_of_a_mixed_batch_sees_k_and_v_as_they_are(
     step, q = make_mixed_step(batch)
     k, v = torch.randn(2, len(q), KV_HEADS, DIM)
     k_before, v_before = k[:8].clone(), v[:8].clone()
+    backend.in_mixed_step = True
     backend.init_forward_metadata(step)
     backend.forward_extend(q.flatten(1), k, v, layer, step)
     assert torch.equal(seen[0], k_before) and torch.equal(seen[1], v_before)
@@ -386,8 +388,8 @@ def test_a_native_backend_is_built_only_where_it_is_used(
     backend = make(batch, [make_layer()])
     decode(backend, make_layer(), batch)
     prefill = TorchNativeAttnBackend(make_runner(batch, []))
-    hybrid: Any = SimpleNamespace(decode_backend=backend, prefill_backend=prefill)
-    assert select_backend(None, hybrid, ForwardMode.MIXED) is backend
+    hybrid = SimpleNamespace(decode_backend=backend, prefill_backend=prefill)
+    assert run_step(hybrid, ForwardMode.MIXED) is backend
     assert backend.native is prefill
     assert not built
     own = make(batch, [make_layer(), make_layer(is_cross_attention=True)])
@@ -396,16 +398,26 @@ def test_a_native_backend_is_built_only_where_it_is_used(
     assert own.native is not prefill
 
 
+def backend_of_step(runner: Any, batch: Any) -> Any:
+    """The one that the layers of a step go to, once SGLang has named its mode anew."""
+    return select_backend(
+        lambda hybrid, mode: hybrid.prefill_backend,
+        runner.model_runner.attn_backend,
+        ForwardMode.EXTEND,
+    )
+
+
+def run_step(hybrid: Any, mode: ForwardMode) -> Any:
+    runner = SimpleNamespace(model_runner=SimpleNamespace(attn_backend=hybrid))
+    return run_eagerly(backend_of_step, runner, SimpleNamespace(forward_mode=mode))  # type: ignore[arg-type]
+
+
 def test_hybrid_backends_send_mixed_batches_to_the_sharing_one() -> None:
     shared: list[str] = []
     sharing = SimpleNamespace(takes_mixed=True, share_prefill_backend=shared.append)
-    hybrid: Any = SimpleNamespace(decode_backend=sharing, prefill_backend="prefill")
-
-    def stock_rule(hybrid: Any, mode: ForwardMode) -> str:
-        return "stock"
-
-    assert select_backend(stock_rule, hybrid, ForwardMode.MIXED) is sharing
+    hybrid = SimpleNamespace(decode_backend=sharing, prefill_backend="prefill")
+    assert run_step(hybrid, ForwardMode.MIXED) is sharing
     assert shared == ["prefill"]
-    assert select_backend(stock_rule, hybrid, ForwardMode.EXTEND) == "stock"
+    assert run_step(hybrid, ForwardMode.EXTEND) == "prefill"
     sharing.takes_mixed = False
-    assert select_backend(stock_rule, hybrid, ForwardMode.MIXED) == "stock"
+    assert run_step(hybrid, ForwardMode.MIXED) == "prefill"

@@ -12,7 +12,7 @@ from sglang.srt.managers.io_struct import (
 
 from sglang_batchllm.edge.messages import AbortList, NameTurns
 from sglang_batchllm.edge.packing import PackedList, end_of_list, packed
-from sglang_batchllm.edge.part_line import AT_ONCE, PartLine
+from sglang_batchllm.edge.part_line import AT_ONCE, AT_ONCE_OF_SMALL, MANY, PartLine
 from sglang_batchllm.policy.parts import Part
 from test_packing import request
 
@@ -35,10 +35,19 @@ def order(line: PartLine, received: list[Any], others: bool = False) -> list[Any
 
 
 def test_alone_a_list_is_taken_in_by_many_parts():
-    line, list_ = PartLine(), parts(AT_ONCE + 3)
+    line, list_ = PartLine(), parts(AT_ONCE + 1)
     assert order(line, list_) == list_[:AT_ONCE]
     assert order(line, []) == list_[AT_ONCE:]
     assert not line
+
+
+def test_where_steps_begin_many_requests_the_rest_is_soon_taken_in():
+    line, list_ = PartLine(), parts(AT_ONCE_OF_SMALL + 1 + AT_ONCE)
+    line.step_requests = MANY
+    assert order(line, list_) == list_[:AT_ONCE_OF_SMALL]
+    line.step_requests = MANY - 1
+    assert order(line, [], others=True) == list_[AT_ONCE_OF_SMALL : AT_ONCE_OF_SMALL + 1]
+    assert order(line, []) == list_[AT_ONCE_OF_SMALL + 1 :]
 
 
 def test_while_others_are_served_a_step_takes_in_one_part():

@@ -102,6 +102,7 @@ class BatchLLMAttnBackend(AttentionBackend):
         self.needs_native = bool(refused)
         # With latent attention the model computes other queries where a step prefills.
         self.takes_mixed = not refused and self.latent is None
+        self.in_mixed_step = False  # `mixed.run_eagerly` says so
         self._native: AttentionBackend | None = None
         prefills = seam.prefill_backend(model_runner) in (None, ATTENTION_BACKEND)
         if refused or prefills:
@@ -131,7 +132,7 @@ class BatchLLMAttnBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self._mixed = None
-        if forward_batch.forward_mode.is_mixed() and self.takes_mixed:
+        if self.in_mixed_step:
             self._mixed = split_mixed(forward_batch)
             if self._mixed.prefill is not None:
                 self.native.init_forward_metadata(self._mixed.prefill)

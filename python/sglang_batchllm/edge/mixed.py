@@ -2,7 +2,8 @@
 
 SGLang runs such a batch as one prefill in which a decoding request is a prompt of one new token,
 and so reads its whole context for itself. Here the two parts go their own ways: prefill through
-the native backend, decode through the shared-prefix kernel.
+the native backend, decode through the shared-prefix kernel. Only where the step is launched kernel
+by kernel: a captured prefill is replayed as it was captured.
 
 With ``--enable-mixed-chunk`` whatever decodes may ride in steps that prefill. Without it short
 answers do: see `policy.admission.short`.
@@ -45,12 +46,8 @@ def what_mixes(
 
 
 def rides_in(batch: ScheduleBatch) -> bool:
-    """Whether the requests of a batch, which decode, may do so in a step that prefills. SGLang
-    counts an output token for the penalties a step late, or twice, as steps happen to follow one
-    another; those that ask for them decode as they would in stock SGLang."""
-    sampling: Any = batch.sampling_info
-    penalizes = sampling is not None and sampling.penalizer_orchestrator.is_required
-    asks_more = penalizes or batch.return_logprob or batch.return_hidden_states
+    """Whether the requests of a batch, which decode, may do so in a step that prefills."""
+    asks_more = batch.return_logprob or batch.return_hidden_states
     return not (asks_more or any(batch.multimodal_inputs or ()))
 
 
@@ -89,15 +86,27 @@ def split_mixed(batch: ForwardBatch) -> MixedBatch:
     return MixedBatch(prefill, tokens, batch.req_pool_indices[requests:], batch.seq_lens[requests:])
 
 
+def run_eagerly(stock: Any, runner: Any, batch: ForwardBatch, *args: Any, **kwargs: Any) -> Any:
+    """Wraps EagerRunner.execute: within a step with a mixed batch, `select_backend` sends it where
+    its decode part can share prefixes. (SGLang 0.5.23 calls it a prefill from there on.)"""
+    hybrid: Any = runner.model_runner.attn_backend
+    decode: Any = getattr(hybrid, "decode_backend", None)
+    if not batch.forward_mode.is_mixed() or not getattr(decode, "takes_mixed", False):
+        return stock(runner, batch, *args, **kwargs)
+    decode.share_prefill_backend(hybrid.prefill_backend)
+    decode.in_mixed_step = True
+    try:
+        return stock(runner, batch, *args, **kwargs)
+    finally:
+        decode.in_mixed_step = False
+
+
 def select_backend(
     stock_rule: Any, hybrid: HybridAttnBackend, forward_mode: ForwardMode
 ) -> AttentionBackend:
-    """Wraps HybridAttnBackend._select_backend: mixed batches go where their decode part can
-    share prefixes."""
-    decode: Any = hybrid.decode_backend
-    if forward_mode.is_mixed() and getattr(decode, "takes_mixed", False):
-        decode.share_prefill_backend(hybrid.prefill_backend)
-        return decode
+    """Wraps HybridAttnBackend._select_backend."""
+    if getattr(hybrid.decode_backend, "in_mixed_step", False):
+        return hybrid.decode_backend
     return stock_rule(hybrid, forward_mode)
 
 

@@ -233,7 +233,7 @@ def extend_runtime() -> None:
     from sglang_batchllm.edge import seams
     from sglang_batchllm.edge.adder import ForecastPrefillAdder
     from sglang_batchllm.edge.chunking import stream_output
-    from sglang_batchllm.edge.mixed import select_backend
+    from sglang_batchllm.edge.mixed import run_eagerly, select_backend
     from sglang_batchllm.edge.queries import forward_with_packed_queries
     from sglang_batchllm.edge.scoring import limit_prefix, score_rows
     from sglang_batchllm.edge.states import copy_in_parts
@@ -242,6 +242,7 @@ def extend_runtime() -> None:
     adder = seams.load("adder").REPLACED
     if adder is not None:
         _hook("replace", adder, ForecastPrefillAdder)
+    _hook("around", "srt.model_executor.runner.eager_runner.EagerRunner.execute", run_eagerly)
     _hook(
         "around",
         "srt.layers.attention.hybrid_attn_backend.HybridAttnBackend._select_backend",

@@ -259,6 +259,8 @@ class BatchLLMScheduler(ChunkingScheduler):
             decoding = {id(req) for req in batch.decoding_reqs or ()}
             reqs = [req for req in batch.reqs if id(req) not in decoding]
         idle = plan.running_batch.is_empty() and self.chunked_req is None
+        if reqs:
+            self._part_line.step_requests = len(reqs)
         for req in reqs:
             self._index.discard(req)
         self._scored_step = ScoredStep.of(batch) if batch is not None else None

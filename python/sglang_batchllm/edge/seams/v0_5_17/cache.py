@@ -60,7 +60,8 @@ class _CachesRequests(PinnedGroups):
             req.set_extend_range(min(start, shared), shared)
             stock.cache_unfinished_req(req, chunked=chunked)
             req.set_extend_range(start, end)
-        if chunked:  # the next chunk starts where these end, in the tree or the request's own
+        if chunked and len(req.prefix_indices) < end:
+            # The next chunk starts where these end, in the tree or the request's own.
             row = self.req_to_token_pool.req_to_token[req.req_pool_idx, :end]
             req.prefix_indices = row.to(dtype=torch.int64, copy=True)
 
