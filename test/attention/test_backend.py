@@ -19,7 +19,7 @@ from sglang_batchllm.attention import get_group_table
 from sglang_batchllm.attention.reference import reference_decode
 from sglang_batchllm.edge.attention_backend import BatchLLMAttnBackend, create_batchllm_backend
 from sglang_batchllm.edge.fusable import model_refusal
-from sglang_batchllm.edge.mixed import run_eagerly, select_backend
+from sglang_batchllm.edge.mixed import run_eagerly, select_backend, split_mixed
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
@@ -292,6 +292,16 @@ def test_mixed_batches_share_in_their_decoding_part(
     out = backend.forward_extend(q.flatten(1), k, v, layer, step)
     assert decoded == [len(step.seq_lens) - 2]
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_decodes_in_a_mixed_batch_lies_aligned(batch: Batch) -> None:
+    """Else Triton compiles the work list's kernels anew, in the middle of a batch."""
+    step, _ = make_mixed_step(batch)
+    step.extend_seq_lens_cpu[1:3] = [3, 2]  # so that three prefill
+    mixed = split_mixed(step)
+    assert len(mixed.rows) == len(step.seq_lens) - 3
+    for values in (mixed.rows, mixed.seq_lens):
+        assert values.data_ptr() % 16 == 0
 
 
 def make_mixed_step(batch: Batch) -> tuple[Any, torch.Tensor]:

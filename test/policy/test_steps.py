@@ -191,6 +191,17 @@ def test_short_answers_decode_in_steps_that_prefill_where_the_engine_mixes():
         assert all(work.prefill_tokens + work.decode_requests <= 4000 for work in works)
 
 
+def test_short_answers_do_not_ride_in_steps_that_are_half_empty():
+    engine = EngineModel(10**6, Policy(chunk=4000, mixes="short"))
+    for begin in range(0, 2000, 40):  # 20 tokens each
+        some = range(begin, begin + 40)
+        engine.submit_list([make_request(str(i), [i] * 20, 4) for i in some])
+        engine.step()
+    steps = kinds(engine.run())
+    assert "M" not in steps
+    assert max(map(len, steps.split("D"))) == 7  # prefill steps in a row, until 256 rows decode
+
+
 def test_nobody_decodes_where_all_have_ended():
     assert not decode_next(np.zeros(0, np.int64), decoding=300)
     assert not decode_next(np.array([4, 0]), decoding=300)  # one may decode any number of tokens

@@ -83,7 +83,9 @@ def split_mixed(batch: ForwardBatch) -> MixedBatch:
         requests -= 1
     tokens = sum(lengths[:requests])
     prefill = _first_requests(batch, requests, tokens) if requests else None
-    return MixedBatch(prefill, tokens, batch.req_pool_indices[requests:], batch.seq_lens[requests:])
+    # Cloned to where memory is aligned: Triton compiles another kernel for what is not.
+    rows, seq_lens = batch.req_pool_indices[requests:], batch.seq_lens[requests:]
+    return MixedBatch(prefill, tokens, rows.clone(), seq_lens.clone())
 
 
 def run_eagerly(stock: Any, runner: Any, batch: ForwardBatch, *args: Any, **kwargs: Any) -> Any:

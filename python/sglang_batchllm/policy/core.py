@@ -69,6 +69,7 @@ class BatchPolicy:
         self._pressed = False  # memory keeps somebody out
         self._rows_follow = False  # the request in chunks has logprobs to leave to others
         self._prefilled = False  # the last step did so
+        self._to_prefill = 0  # tokens that the last step that prefills was to take
         self._claims = 0  # shared prefixes that those of the last prefill step have yet to compute
 
     # Arrivals
@@ -210,6 +211,8 @@ class BatchPolicy:
         decision = Decision(full=full, regrouped=regrouped)
         if self._intake.waits and not full:
             self._chosen, refused = self._choose(view, view.decoding if rides else 0)
+            if self._chosen:
+                self._to_prefill = view.chunk_next + sum(map(tokens_to_prefill, self._chosen))
             decision.requests = [member.request for member in self._chosen]
             self._pressed = refused
             expired = 0
@@ -259,8 +262,10 @@ class BatchPolicy:
         of a chunk, and must leave some of it."""
         if not view.rides or not 0 < view.decoding < self._limits.chunk:
             return False
-        if self._limits.mixes == "short" and not short.all_are(self._running.max_output):
-            return False
+        if self._limits.mixes == "short":
+            full = self._to_prefill >= self._limits.chunk * short.FULL
+            if not (full and short.all_are(self._running.max_output)):
+                return False
         decode_tokens = view.decoding * self._limits.page_size
         return self._limits.mixes != "none" and view.available >= self._limits.chunk + decode_tokens
 

@@ -1,10 +1,15 @@
-"""Short answers: steps that decode alternate with those that prefill.
+"""Short answers: those that decode do so in the steps that prefill others, or between them.
 
 Requests of a few output tokens spend most of their time in prefill steps, and what the host does
 for each of them is much beside their few decode steps. If the pool were filled first, and then
 emptied, decode steps of a thousand rows and more would follow one another, each of which the host
 prepares and sees to the results of; between two prefill steps it can do that while the GPU
 prefills. A step of ENOUGH_ROWS uses the weights that it reads as well as a fuller one.
+
+Where the engine can mix the two, those that decode ride in the steps that prefill, if these are
+full: a row more costs a full step what a prompt token does, and no step of its own. A step that is
+not full takes the host longer than the GPU, and a mixed one longer still, since it is launched
+kernel by kernel.
 
 Longer answers are decoded together once all are prefilled: as late ones would end later, the batch
 would take more steps.
@@ -16,6 +21,8 @@ import numpy as np
 
 SHORT_OUTPUT = 8
 """Most tokens of output."""
+FULL = 0.5
+"""Of a chunk: to take less is not to be full."""
 ENOUGH_ROWS = 256
 """Fewest requests that decode in a step between two that prefill. From 184 rows on an H200's matrix
 products are bound by its arithmetic and not by its memory (`admission.level`)."""
