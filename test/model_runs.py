@@ -25,6 +25,7 @@ from tiny_models import PATCH, WINDOW
 
 CHUNK = 48
 OUTPUT = 12
+SHORT_OUTPUT = 6
 LONG_OUTPUT = 3 * WINDOW
 SCORED = 12
 FIRST_TURN = [9, *range(420, 450)]
@@ -98,7 +99,8 @@ def _tell_what_is_shared(path: str) -> None:
 def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
     """Sends {"results": of each batch by name, "reports": one for each, "shared": what decodes
     through shared prefixes, and whether the last layer's end is computed for samples alone,
-    "passes": prefill passes of each batch, "logprobs": of the first `SCORED` mixed prompts, without
+    "passes": prefill passes of each batch, "mixed": of them those of short answers in which others
+    decode, "logprobs": of the first `SCORED` mixed prompts, without
     their first tokens, "programs": see `_programs`, "caught": who was, see `abort_in_prefill`,
     "streamed": tokens that each event of a stream told of}. sees: whether it reads images."""
     from sglang.srt.entrypoints.engine import Engine
@@ -163,9 +165,13 @@ def run(model: str, options: dict[str, Any], sees: bool, pipe: Any) -> None:
         ]
         keep("scored", scored)
         keep("again", engine.generate(input_ids=batches()["mixed"], sampling_params=greedy(OUTPUT)))
+        before = len(read_steps(steps))
+        brief = greedy(SHORT_OUTPUT)
+        keep("short", engine.generate(input_ids=batches()["mixed"], sampling_params=brief))
+        mixed = [s for s in read_steps(steps)[before:] if s.prefill_requests and s.decode_requests]
         shared = told.read_text().split()
         sent = {"results": results, "reports": reports, "shared": shared, "logprobs": logprobs}
-        sent["streamed"] = streamed
+        sent |= {"streamed": streamed, "mixed": len(mixed)}
         sent["caught"] = [line.split() for line in caught.read_text().splitlines()]
         pipe.send(sent | {"programs": programs, "passes": passes})
     finally:

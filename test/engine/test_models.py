@@ -29,6 +29,7 @@ from tiny_models import FAMILIES, make_model
 
 SCARCE = {"max_total_tokens": 400, "chunked_prefill_size": CHUNK}
 RECURRENT = [name for name, family in FAMILIES.items() if family.recurrent]
+LATENT = ["DeepSeek-V2"]
 WINDOWED = [name for name, family in FAMILIES.items() if family.windowed]
 FUSED = {"batchllm": True, "batchllm_attention": "fused"}
 FEW = SCARCE | {"swa_full_tokens_ratio": 0.4}
@@ -110,6 +111,11 @@ def test_a_family(model_of: dict[str, Path], family: str, options: dict[str, Any
         assert last["computed_tokens"] == computed, name
         assert last["peak_pinned_tokens"] > 0
         assert not last["relaxed_tokens"] or name == "wide"
+    outputs = [one["output_ids"] for one in results["short"]]
+    assert outputs == expected_next(model, batches()["mixed"], outputs)
+    assert sum(one["computed"] for one in results["short"]) == distinct_tokens(batches()["mixed"])
+    mixes = documented()[family]["Decode"] == "all" and family not in (*RECURRENT, *LATENT)
+    assert bool(sent["mixed"]) == mixes
     if sees:
         prompts, answers = expected_answers(model)
         assert [one["output_ids"] for one in results["images"]] == answers

@@ -61,6 +61,16 @@ class QueueingScheduler(Scheduler):
                 last_batch.filter_batch(keep_indices=going_on)
         return super().get_next_batch_to_run(running_batch, last_batch)
 
+    def get_new_batch_prefill(self, running_batch: ScheduleBatch) -> NextBatchPlan:
+        """What decodes in a mixed batch has its position from its length, as in later releases:
+        here SGLang counts output tokens, as if each had run in the step before."""
+        plan = super().get_new_batch_prefill(running_batch)
+        batch = plan.batch_to_run
+        if batch is not None and batch.decoding_reqs:
+            first = len(batch.reqs) - len(batch.decoding_reqs)
+            batch.prefix_lens[first:] = (batch.seq_lens_cpu[first:] - 1).tolist()
+        return plan
+
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         """SGLang copies the list of free pages for every request that ends in a prefill step;
         within a group of frees, once.
