@@ -74,5 +74,5 @@ def test_short_answers_ride_in_prefill_steps_unasked(
     mixed = [step for step in steps if step.prefill_tokens and step.decode_requests]
     alone = [step for step in steps if step.prefill_tokens and not step.decode_requests]
     assert outputs[scarce_engine] == outputs[stock_engine]
-    assert len(mixed) > 10 > len(alone)
+    assert len(mixed) > max(len(alone), 10), (len(mixed), len(alone))
     assert all(step.prefill_tokens + step.decode_requests <= 48 for step in mixed)
