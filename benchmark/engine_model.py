@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from cost_model import Work
 from kv_model import KVPool, Request, make_request
@@ -22,7 +21,7 @@ from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.policy.requests import Turn
 from sglang_batchllm.policy.rows import Ask
 from sglang_batchllm.policy.scored import prefix_limit
-from sglang_batchllm.policy.step import Arrival, Limits, View
+from sglang_batchllm.policy.step import Arrival, Limits, Mixes, View
 
 MAX_PREFILL_TOKENS = 16384
 """SGLang's default."""
@@ -30,12 +29,11 @@ MAX_PREFILL_TOKENS = 16384
 
 @dataclass(frozen=True)
 class Policy:
-    """chunk: tokens of a prefill or mixed step at most. mixes: which requests decode in prefill
-    steps, see `Limits`.
-    max_running: requests that may hold KV at once."""
+    """chunk: tokens of a prefill or mixed step at most. max_running: requests that may hold KV at
+    once."""
 
     chunk: int = 8192
-    mixes: Literal["none", "short", "all"] = "none"
+    mixes: Mixes = "none"
     max_running: int = 2048
 
 

@@ -1,7 +1,7 @@
 """Lists in parts, over a cache that knows tokens: computed once, nothing left behind."""
 
 import random
-from typing import Literal
+from typing import get_args
 
 from hypothesis import given, settings
 
@@ -9,6 +9,7 @@ from engine_model import EngineModel, Policy
 from kv_model import Request, make_request
 from sglang_batchllm.policy.batch import member_of
 from sglang_batchllm.policy.parts import Part
+from sglang_batchllm.policy.step import Mixes
 from test_steps import assert_whole, computed, prompt_lists, run_disturbed, seeds
 from token_pool import TokenPool
 
@@ -35,13 +36,10 @@ def in_parts(
             step(engine)
 
 
-MIXES: list[Literal["none", "short", "all"]] = ["none", "short", "all"]
-
-
 def engine_of(
     prompts: list[list[int]], rng: random.Random, capacity: int
 ) -> tuple[EngineModel, list[Request]]:
-    policy = Policy(rng.randint(1, 40), rng.choice(MIXES), max_running=8)
+    policy = Policy(rng.randint(1, 40), rng.choice(get_args(Mixes)), max_running=8)
     engine = EngineModel(capacity, policy, pool=TokenPool)
     return engine, [
         make_request(str(i), [*prompt, LAST], rng.choice([1, 1, 4]))

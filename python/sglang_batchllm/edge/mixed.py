@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_batchllm.edge.args import resolved
+from sglang_batchllm.policy.step import Mixes
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 
-def what_mixes(
-    server_args: ServerArgs, attention: AttentionBackend
-) -> Literal["none", "short", "all"]:
+def what_mixes(server_args: ServerArgs, attention: AttentionBackend) -> Mixes:
     """Which requests may decode in a step that prefills. attention: of the model.
 
     Nobody is made to where that would read more than a decode step of their own, where tests have

@@ -26,7 +26,7 @@ AT_ONCE_OF_SMALL = 16
 """Parts that a step takes in while nobody else is served: who comes meanwhile waits for them. Two
 take the host less time than the GPU takes for a full prefill step. Where each step begins MANY
 requests, the host has more to do than the GPU; while a list is not complete each of them costs it
-half as much again, and so the rest is soon taken in."""
+a third more, and so the rest is soon taken in."""
 MANY = 512
 
 _REQUESTS = (TokenizedGenerateReqInput, BatchTokenizedGenerateReqInput, PackedList)

@@ -8,6 +8,10 @@ from typing import Any, Literal, NamedTuple
 from sglang_batchllm.policy.requests import Request, Turn
 from sglang_batchllm.policy.rows import Ask
 
+Mixes = Literal["none", "short", "all"]
+"""Which requests may decode in a step that prefills; those with short answers (`admission.short`)
+for as long as no others run."""
+
 
 @dataclass(frozen=True)
 class WindowPool:
@@ -29,16 +33,15 @@ class WindowPool:
 @dataclass(frozen=True)
 class Limits:
     """Of the engine. capacity: tokens of the KV pool. chunk: prompt tokens of a prefill step.
-    gather_seconds: how long a lone request waits at most for others. mixes: which requests may
-    decode in a step that prefills, those with short answers for as long as no others run. windows:
-    the pool of sliding-window or recurrent layers, if they have one; then `capacity` is of the
-    other layers' pool."""
+    gather_seconds: how long a lone request waits at most for others. windows: the pool of
+    sliding-window or recurrent layers, if they have one; then `capacity` is of the other layers'
+    pool."""
 
     capacity: int
     page_size: int
     chunk: int
     gather_seconds: float
-    mixes: Literal["none", "short", "all"] = "none"
+    mixes: Mixes = "none"
     windows: WindowPool | None = None
 
 

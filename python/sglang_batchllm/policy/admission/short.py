@@ -7,9 +7,9 @@ prepares and sees to the results of; between two prefill steps it can do that wh
 prefills. A step of ENOUGH_ROWS uses the weights that it reads as well as a fuller one.
 
 Where the engine can mix the two, those that decode ride in the steps that prefill, if these are
-full: a row more costs a full step what a prompt token does, and no step of its own. A step that is
-not full takes the host longer than the GPU, and a mixed one longer still, since it is launched
-kernel by kernel.
+full: a row more costs a full step what a prompt token does, and no step of its own. Where steps are
+not full it is the host that takes the time, and a decode step is one CUDA graph for it, while a
+mixed one is launched kernel by kernel.
 
 Longer answers are decoded together once all are prefilled: as late ones would end later, the batch
 would take more steps.
