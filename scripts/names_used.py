@@ -98,6 +98,10 @@ READ_FROM_OBJECTS = {
         "generate_request get_internal_state flush_cache freeze_gc _send_batch_request "
         "_tokenize_texts _dispatch_to_scheduler load_snapshot_reader"
     ),
+    "srt.managers.io_struct.GenerateReqInput": (
+        "rid text input_ids sampling_params lora_path is_single batch_size parallel_sample_num "
+        "contains_mm_input"
+    ),
     "srt.entrypoints.openai.serving_base.OpenAIServingBase": "handle_request",
     "lang.interpreter.StreamExecutor": (
         "variables variable_event meta_info messages_ text_ fork_start_text_pos error_ __init__"
@@ -138,9 +142,10 @@ READ_IN_ONE = {
         "srt.mem_cache.allocator.BaseTokenToKVPoolAllocator": "free_group_begin free_group_end",
         "srt.server_args.ServerArgs": "override get_model_config get_attention_backends",
         "srt.managers.scheduler.Scheduler": "ipc_channels ps",
-        "srt.managers.tokenizer_manager.ReqState": "abort_requested",
+        "srt.managers.tokenizer_manager.ReqState": "abort_requested lifecycle_id",
     },
     "0.5.23": {
+        "srt.managers.tokenizer_manager.ReqState": "abort_sent",
         "srt.managers.schedule_batch.Req": (
             "prefix_len extend_end kv owned_kv_len beam_group cache_salt token_indices_to_pool"
         ),

@@ -6,11 +6,13 @@ import time
 from typing import Any
 
 import pytest
+from sglang.srt.managers.io_struct import GenerateReqInput
 
 from engines import API_KEY, CONTEXT_LENGTH, SERVER_PAGE_SIZE, flush, wait_until_whole
 from prompts import distinct_tokens, mixed_batch
 from sglang_batchllm.client.get_report import get_report
 from sglang_batchllm.edge import lists, parting
+from sglang_batchllm.edge.list_states import seam
 from test_sharing import assert_pool_is_whole, computed_tokens, output_ids
 
 PART = 12
@@ -133,6 +135,67 @@ def test_an_abort_while_parts_are_sent(engine, monkeypatch):
     reasons = [result["meta_info"]["finish_reason"]["type"] for result in results]
     assert reasons.index("abort") == rids.index(sent[PART])
     assert reasons.count("length") == len(prompts) - 1
+    wait_until_whole(engine)
+    assert not engine.tokenizer_manager.rid_to_state
+
+
+def test_states_are_made_as_a_list_is_sent(engine, monkeypatch):
+    """Until then ids are taken, and what is noted of a request stays."""
+    send = lists.ListIntake.send_list
+    still_to_make: list[int] = []
+    refused: list[str] = []
+
+    async def look_and_send(self: Any, tokenized: list[Any]) -> None:
+        states = self.rid_to_state
+        unmade = [rid for rid in rids if rid in states and states[rid].obj.rid != rid]
+        still_to_make.append(len(unmade))
+        if len(still_to_make) == 2:
+            again = GenerateReqInput(input_ids=[1, 2], rid=unmade[-1], sampling_params=sampling(0))
+            try:
+                await self.generate_request(again).__anext__()
+            except ValueError as error:
+                refused.append(str(error))
+        await send(self, tokenized)
+
+    monkeypatch.setattr(lists.ListIntake, "send_list", look_and_send)
+    prompts = without_beginnings(mixed_batch(100, seed=8))
+    rids = [f"unmade-{index:03d}" for index in range(len(prompts))]
+    results = engine.generate(input_ids=prompts, sampling_params=sampling(0), rid=rids)
+    assert [result["meta_info"]["id"] for result in results] == rids
+    assert still_to_make[0] > len(prompts) // 2
+    assert still_to_make == sorted(still_to_make, reverse=True)
+    assert still_to_make[-1] == 0
+    assert len(refused) == 1
+    assert "Duplicate request ID" in refused[0]
+    with pytest.raises(ValueError, match="Duplicate request ID"):
+        engine.generate(input_ids=prompts, sampling_params=sampling(0), rid=rids[:-1] + rids[:1])
+    wait_until_whole(engine)
+    assert not engine.tokenizer_manager.rid_to_state
+
+
+def test_an_abort_before_the_state_is_made_is_noted_in_it(engine, monkeypatch):
+    send = lists.ListIntake.send_list
+    noted: list[bool] = []
+
+    async def abort_and_send(self: Any, tokenized: list[Any]) -> None:
+        state = self.rid_to_state[rids[-1]]
+        whole = state.obj
+        if whole.rid != rids[-1]:
+            before = vars(state)[seam.NOTED[0]]
+            self.abort_request(rids[-1])
+            self.make_states([whole[len(rids) - 1]])
+            noted.append(
+                not before and vars(state)[seam.NOTED[0]] and state.obj is whole[len(rids) - 1]
+            )
+            vars(state)[seam.NOTED[0]] = False
+        await send(self, tokenized)
+
+    monkeypatch.setattr(lists.ListIntake, "send_list", abort_and_send)
+    prompts = without_beginnings(mixed_batch(60, seed=9))
+    rids = [f"noted-{index:03d}" for index in range(len(prompts))]
+    results = engine.generate(input_ids=prompts, sampling_params=sampling(0), rid=rids)
+    assert noted == [True]
+    assert len(results) == len(prompts)
     wait_until_whole(engine)
     assert not engine.tokenizer_manager.rid_to_state
 

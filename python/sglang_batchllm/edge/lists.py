@@ -7,7 +7,7 @@ import copy
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import (
@@ -23,11 +23,12 @@ from sglang_batchllm.edge import seams
 from sglang_batchllm.edge.args import resolved
 from sglang_batchllm.edge.garbage import Leftovers
 from sglang_batchllm.edge.levelling import Levelling
+from sglang_batchllm.edge.list_states import ListStates
 from sglang_batchllm.edge.messages import AbortList
 from sglang_batchllm.edge.packing import PackedList, end_of_list, packed
 from sglang_batchllm.edge.parting import Sent, comes_in_parts, opening_of
 from sglang_batchllm.edge.replicas import Replicas
-from sglang_batchllm.edge.samples import SampledLists, nothing
+from sglang_batchllm.edge.samples import nothing
 from sglang_batchllm.policy.parts import Part
 from sglang_batchllm.server.handover import SLICE, TEXT_SLICE, let_others_in
 
@@ -42,7 +43,7 @@ POLL_SECONDS = 0.2
 """How often the connection of a client that waits for a list is looked at."""
 
 
-class ListIntake(SampledLists):
+class ListIntake(ListStates):
     """SGLang's front end, with lists of any length.
 
     SGLang sends lists of token ids whole; here lists of plain text are too. Each of their requests
@@ -78,10 +79,6 @@ class ListIntake(SampledLists):
             await self.freeze_gc()
 
     # From the call to the scheduler
-
-    def _init_req_state(self, obj: Any, *args: Any, **options: Any) -> Any:
-        with self.garbage.made_for_long() if not getattr(obj, "is_single", True) else nullcontext():
-            return super()._init_req_state(obj, *args, **options)
 
     def _should_use_batch_tokenization(
         self, batch_size: int, requests: GenerateReqInput | EmbeddingReqInput
@@ -120,6 +117,7 @@ class ListIntake(SampledLists):
         return tokenized
 
     async def _tokenized(self, part: Sequence[Any]) -> list[Any]:
+        self.make_states(part)
         texts = self.tokenize_together(part)
         tokenized = [await self._tokenize_one_request(request) for request in part]
         for request in texts:

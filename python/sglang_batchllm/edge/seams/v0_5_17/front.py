@@ -10,6 +10,9 @@ from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 
 from sglang_batchllm.edge.parting import Sent
 
+NOTED = ("abort_requested", "lifecycle_id")
+"""Fields of a request's state that may change, or be known elsewhere, before it is sent."""
+
 
 class SendingManager(TokenizerManager):
     """A front end whose requests can be taken before they are sent."""
@@ -41,6 +44,11 @@ class SendingManager(TokenizerManager):
     def forget(self, rid: str) -> None:
         """A request is not to be sent, and nobody waits for it."""
         self._remove_req_state(rid)
+
+    def knows_none(self, rids: Iterable[str]) -> bool:
+        """Whether SGLang takes these for ids of new requests."""
+        known = self.rid_to_state, self.logical_rid_to_child_rids, self.child_rid_to_logical_rid
+        return all(ids.keys().isdisjoint(rids) for ids in known)
 
     def check_aborted(self, rids: Iterable[str]) -> None:
         """Raises where a request that is not sent yet has been aborted."""

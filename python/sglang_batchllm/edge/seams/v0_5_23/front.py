@@ -10,6 +10,9 @@ from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 
 from sglang_batchllm.edge.parting import Sent
 
+NOTED = ("abort_sent",)
+"""Fields of a request's state that may change, or be known elsewhere, before it is sent."""
+
 
 class SendingManager(TokenizerManager):
     """A front end whose requests can be taken before they are sent."""
@@ -41,6 +44,10 @@ class SendingManager(TokenizerManager):
     def forget(self, rid: str) -> None:
         """A request is not to be sent, and nobody waits for it."""
         del self.rid_to_state[rid]
+
+    def knows_none(self, rids: Iterable[str]) -> bool:
+        """Whether SGLang takes these for ids of new requests."""
+        return self.rid_to_state.keys().isdisjoint(rids)
 
     def check_aborted(self, rids: Iterable[str]) -> None:
         """This release does not look whether a request was aborted before it is sent."""
