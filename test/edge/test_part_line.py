@@ -10,13 +10,24 @@ from sglang.srt.managers.io_struct import (
     GetInternalStateReq,
 )
 
+from sglang_batchllm.edge import part_line
 from sglang_batchllm.edge.messages import AbortList, NameTurns
 from sglang_batchllm.edge.packing import PackedList, end_of_list, packed
-from sglang_batchllm.edge.part_line import AT_ONCE, AT_ONCE_OF_SMALL, MANY, PartLine
+from sglang_batchllm.edge.part_line import MANY, PartLine
 from sglang_batchllm.policy.parts import Part
 from test_packing import request
 
 LONE = request("lone", [1])
+AT_ONCE = 2
+AT_ONCE_OF_SMALL = 16
+"""Parts of `parts`."""
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_line, "BESIDE_OTHERS", 2)
+    monkeypatch.setattr(part_line, "AT_ONCE", 2 * AT_ONCE)
+    monkeypatch.setattr(part_line, "AT_ONCE_OF_SMALL", 2 * AT_ONCE_OF_SMALL)
 
 
 def part(*rids: str, last: bool = False) -> PackedList:
@@ -48,6 +59,16 @@ def test_where_steps_begin_many_requests_the_rest_is_soon_taken_in():
     line.step_requests = MANY - 1
     assert order(line, [], others=True) == list_[AT_ONCE_OF_SMALL : AT_ONCE_OF_SMALL + 1]
     assert order(line, []) == list_[AT_ONCE_OF_SMALL + 1 :]
+
+
+def test_parts_are_counted_by_their_requests():
+    list_ = [
+        part(f"{size}", *[f"{size}-{index}" for index in range(1, size)]) for size in (1, 2, 2, 5)
+    ]
+    line = PartLine()
+    assert order(line, list_) == list_[:2]
+    assert order(line, []) == list_[2:3]
+    assert order(line, []) == list_[3:]
 
 
 def test_while_others_are_served_a_step_takes_in_one_part():
@@ -103,10 +124,9 @@ def test_of_a_list_that_nobody_awaits_nothing_more_is_taken_in():
     line, list_ = PartLine(), parts(4)
     order(line, list_, others=True)  # the first is
     aborts = AbortList(rids=["0a", "0b", "1a", "1b", "2a", "2b", "3a", "3b"], awaited=set())
-    aborted, first = order(line, [aborts], others=True)
+    aborted, *left = order(line, [aborts], others=True)
     assert aborted is aborts
     assert aborts.rids == ["0a", "0b"]
-    left = [first, *order(line, [])]
     assert [one.lengths for one in left] == [[], [], []]
     assert [one.part for one in left] == [one.part for one in list_[1:]]
 
@@ -128,7 +148,7 @@ def test_what_cannot_be_left_out_is_taken_in_first(aborts: AbortList):
 def test_a_part_of_one_request_and_an_end_without_any():
     line = PartLine()
     one, end = part("a"), end_of_list("list")
-    order(line, [part("0"), one], others=True)
+    order(line, [part("0a", "0b"), one], others=True)
     aborts = AbortList(rids=["a"], awaited=set())
     aborted, emptied, ended = order(line, [aborts, end])
     assert aborted.rids == []

@@ -1,8 +1,9 @@
 """Parts of long lists that have reached the scheduler and are not taken in yet.
 
-To take in a part costs as much as a step or more. So while others are served, a step takes in one,
-and what has nothing to do with the parts that wait goes before them: requests by themselves, other
-lists, the end of one of these, a question for the report. All else keeps its place behind them.
+To take in a part of token ids costs as much as a step or more; those of texts have fewer requests.
+So while others are served, a step takes in few requests, and what has nothing to do with the parts
+that wait goes before them: requests by themselves, other lists, the end of one of these, a question
+for the report. All else keeps its place behind them.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from sglang.srt.managers.io_struct import (
 
 from sglang_batchllm.edge.messages import AbortList, NameTurns, ReleaseTexts
 from sglang_batchllm.edge.packing import PackedList, emptied, ids_in
+from sglang_batchllm.server.handover import SLICE
 
-AT_ONCE = 2
-AT_ONCE_OF_SMALL = 16
-"""Parts that a step takes in while nobody else is served: who comes meanwhile waits for them. Two
-take the host less time than the GPU takes for a full prefill step. Where each step begins MANY
-requests, the host has more to do than the GPU; while a list is not complete each of them costs it
-a third more, and so the rest is soon taken in."""
+BESIDE_OTHERS = SLICE
+AT_ONCE = 2 * SLICE
+AT_ONCE_OF_SMALL = 16 * SLICE
+"""Requests that a step takes in, beside others and while nobody else is served: who comes meanwhile
+waits for them. 512 take the host less time than the GPU takes for a full prefill step. Where each
+step begins MANY requests, the host has more to do than the GPU; while a list is not complete each
+of them costs it a third more, and so the rest is soon taken in."""
 MANY = 512
 
 _REQUESTS = (TokenizedGenerateReqInput, BatchTokenizedGenerateReqInput, PackedList)
@@ -55,11 +58,12 @@ class PartLine:
                 continue
             others_come |= isinstance(message, _REQUESTS)
             if not self._goes_before(message):
-                due += self._take(len(self._parts))
+                due += self._parts
+                self._parts.clear()
             due.append(message)
         if self._parts:
             alone = not others_come and not serves_others()
-            due += self._take(self._at_once() if alone else 1)
+            due += self._take(self._at_once() if alone else BESIDE_OTHERS)
         return due
 
     def _at_once(self) -> int:
@@ -73,8 +77,13 @@ class PartLine:
             isinstance(message, AbortList) and self._drop(message)
         )
 
-    def _take(self, count: int) -> list[PackedList]:
-        return [self._parts.popleft() for _ in range(min(count, len(self._parts)))]
+    def _take(self, requests: int) -> list[PackedList]:
+        """At least one part, and no more requests otherwise."""
+        taken: list[PackedList] = []
+        while self._parts and (not taken or len(self._parts[0].lengths) <= requests):
+            taken.append(self._parts.popleft())
+            requests -= len(taken[-1].lengths)
+        return taken
 
     def _drop(self, aborts: AbortList) -> bool:
         """Take the requests out of the parts that wait and out of `aborts`, if that is all there is
