@@ -181,13 +181,13 @@ def test_an_abort_before_the_state_is_made_is_noted_in_it(engine, monkeypatch):
         state = self.rid_to_state[rids[-1]]
         whole = state.obj
         if whole.rid != rids[-1]:
-            before = vars(state)[seam.NOTED[0]]
+            before = getattr(state, seam.NOTED[0])
             self.abort_request(rids[-1])
             self.make_states([whole[len(rids) - 1]])
             noted.append(
-                not before and vars(state)[seam.NOTED[0]] and state.obj is whole[len(rids) - 1]
+                not before and getattr(state, seam.NOTED[0]) and state.obj is whole[len(rids) - 1]
             )
-            vars(state)[seam.NOTED[0]] = False
+            setattr(state, seam.NOTED[0], False)
         await send(self, tokenized)
 
     monkeypatch.setattr(lists.ListIntake, "send_list", abort_and_send)

@@ -65,20 +65,18 @@ class ListStates(SampledLists):
         """Returns what SGLang's method does, in releases where it returns anything."""
         first: Any = _Slice(obj, [obj[0]])
         super()._init_req_state(first)
-        state = self.rid_to_state[obj.rid[0]]
-        state.obj = obj
-        fields = vars(state)
-        for rid in obj.rid:
-            self.rid_to_state[rid] = _with_fields(fields.copy())
-        return dict.fromkeys(obj.rid, fields.get("lifecycle_id"))
+        pattern = self.rid_to_state[obj.rid[0]]
+        self.rid_to_state.update({rid: _Reserved(obj, pattern) for rid in obj.rid})
+        return dict.fromkeys(obj.rid, getattr(pattern, "lifecycle_id", None))
 
     def make_states(self, requests: Sequence[Any]) -> None:
         """Of these requests of a list, where that has waited. What came since stays noted."""
-        reserved: dict[str, ReqState] = {}
+        reserved: dict[str, _Reserved] = {}
         for request in requests:
             state = self.rid_to_state.get(request.rid)
-            if state is not None and not getattr(state.obj, "is_single", True):
-                reserved[request.rid] = self.rid_to_state.pop(request.rid)
+            if isinstance(state, _Reserved):
+                reserved[request.rid] = state
+                del self.rid_to_state[request.rid]
         if not reserved:
             return
         whole = next(iter(reserved.values())).obj
@@ -86,9 +84,25 @@ class ListStates(SampledLists):
         with self.garbage.made_for_long():
             super()._init_req_state(those)
             for rid, state in reserved.items():
-                noted = {name: vars(state)[name] for name in seam.NOTED}
-                state.__dict__ = vars(self.rid_to_state[rid]) | noted
+                state.become(self.rid_to_state[rid])
                 self.rid_to_state[rid] = state
+
+
+class _Reserved(ReqState):
+    """The state of a request whose own is not made yet: it shows the list, and else the first
+    request's."""
+
+    def __init__(self, whole: Any, pattern: ReqState):
+        self.obj = whole
+        self._pattern = pattern
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pattern, name)
+
+    def become(self, made: ReqState) -> None:
+        fields = vars(made) | {name: getattr(self, name) for name in seam.NOTED}
+        self.__class__ = ReqState  # pyright: ignore[reportAttributeAccessIssue]
+        self.__dict__ = fields
 
 
 def _new_ids(obj: GenerateReqInput) -> list[str] | None:
@@ -119,9 +133,3 @@ class _Slice:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._whole, name)
-
-
-def _with_fields(fields: dict[str, Any]) -> ReqState:
-    state = ReqState.__new__(ReqState)
-    state.__dict__ = fields  # a fifth of the time that its constructor takes
-    return state
