@@ -140,7 +140,7 @@ def test_an_abort_while_parts_are_sent(engine, monkeypatch):
 
 
 def test_states_are_made_as_a_list_is_sent(engine, monkeypatch):
-    """Until then ids are taken, and what is noted of a request stays."""
+    """Until then their ids are taken."""
     send = lists.ListIntake.send_list
     still_to_make: list[int] = []
     refused: list[str] = []

@@ -33,7 +33,7 @@ class ListStates(SampledLists):
 
     def generate_request(self, obj: Any, request: Any = None) -> Any:
         if isinstance(obj, GenerateReqInput) and obj.rid is None:
-            obj.rid = _new_ids(obj)
+            obj.rid = new_ids(obj)
         return super().generate_request(obj, request)
 
     def _init_req_state(self, obj: Any, *args: Any, **options: Any) -> Any:
@@ -71,21 +71,18 @@ class ListStates(SampledLists):
 
     def make_states(self, requests: Sequence[Any]) -> None:
         """Of these requests of a list, where that has waited. What came since stays noted."""
-        reserved: dict[str, _Reserved] = {}
-        for request in requests:
-            state = self.rid_to_state.get(request.rid)
-            if isinstance(state, _Reserved):
-                reserved[request.rid] = state
-                del self.rid_to_state[request.rid]
-        if not reserved:
+        known = self.rid_to_state
+        waiting = [one for one in requests if isinstance(known.get(one.rid), _Reserved)]
+        if not waiting:
             return
-        whole = next(iter(reserved.values())).obj
-        those: Any = _Slice(whole, [request for request in requests if request.rid in reserved])
+        reserved = [known.pop(request.rid) for request in waiting]
+        those: Any = _Slice(reserved[0].obj, waiting)
         with self.garbage.made_for_long():
             super()._init_req_state(those)
-            for rid, state in reserved.items():
-                state.become(self.rid_to_state[rid])
-                self.rid_to_state[rid] = state
+            for request, state in zip(waiting, reserved, strict=True):
+                assert isinstance(state, _Reserved)
+                state.become(known[request.rid])
+                known[request.rid] = state
 
 
 class _Reserved(ReqState):
@@ -105,7 +102,7 @@ class _Reserved(ReqState):
         self.__dict__ = fields
 
 
-def _new_ids(obj: GenerateReqInput) -> list[str] | None:
+def new_ids(obj: GenerateReqInput) -> list[str] | None:
     """For a list of which each prompt is asked for one sample; SGLang makes the others."""
     prompts = obj.input_ids if obj.text is None else obj.text
     if not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int):

@@ -1,6 +1,6 @@
 """Parts of long lists that have reached the scheduler and are not taken in yet.
 
-To take in a part of token ids costs as much as a step or more; those of texts have fewer requests.
+To take in a part of 256 requests costs as much as a decode step or more; those of texts have fewer.
 So while others are served, a step takes in few requests, and what has nothing to do with the parts
 that wait goes before them: requests by themselves, other lists, the end of one of these, a question
 for the report. All else keeps its place behind them.
